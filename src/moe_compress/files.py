@@ -1,0 +1,80 @@
+"""Writing files so that a reader, or a run killed at any moment, never sees half of one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file under a temporary name, sync it, and rename it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    _sync(temporary)
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    write_atomically(path, json.dumps(value, indent=2, sort_keys=False) + "\n")
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Append one JSON line in a single write, so that lines of several processes do not mix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, (json.dumps(record) + "\n").encode())
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def directory_in_progress(path: Path, *, keep: bool = False) -> Iterator[Path]:
+    """Yield a temporary sibling of `path` that is renamed to `path` when the block ends without an exception.
+
+    Args:
+        path: the directory to make; it must not exist yet.
+        keep: keep what an interrupted earlier attempt left in the temporary directory, for stages that resume.
+
+    Raises:
+        FileExistsError: `path` exists already.
+    """
+    if path.exists():
+        raise FileExistsError(path)
+    temporary = path.with_name(f".{path.name}.partial")
+    if temporary.exists() and not keep:
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True, exist_ok=True)
+    yield temporary
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            _sync(file)
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def sha256_of_file(path: Path) -> str:
+    """The SHA-256 of a file's content, as hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def fingerprint(value: Any) -> str:
+    """A short stable hash of any JSON-serializable value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
