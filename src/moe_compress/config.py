@@ -64,11 +64,15 @@ class CompressionConfig:
     rank: int | None = setting(64, "Rank of the wrapper on each side; the folded delta has twice this rank.")
     target_ratio: float | None = setting(None, "Share of the expert bytes to keep; overrides rank.")
     target_bytes: int | None = setting(None, "Expert bytes to keep; overrides rank.")
-    rank_multiple: int = setting(8, "Round delta ranks found from a budget down to a multiple of this (where above it).")
+    rank_multiple: int = setting(
+        8, "Round delta ranks found from a budget down to a multiple of this (where above it)."
+    )
     parameterization: str = setting(
         "delta", "What is stored and trained: delta (core + A B) or wrapper ((I+UV')C(I+UV')).", ("delta", "wrapper")
     )
-    cores: int = setting(1, "Cores per layer and projection: 1 shared core, 0 none (plain low-rank per expert).", (0, 1))
+    cores: int = setting(
+        1, "Cores per layer and projection: 1 shared core, 0 none (plain low-rank per expert).", (0, 1)
+    )
     alignment: str = setting(
         "weights", "Permute each expert's neurons towards the core before fitting.", ("none", "weights")
     )
@@ -110,7 +114,9 @@ class LossConfig:
     alpha: float = setting(0.5, "Weight of the KL term, from 0 (cross-entropy only) to 1 (teacher only).")
     temperature: float = setting(2.0, "Temperature of both distributions in the KL term.")
     kl_reduction: str = setting("batchmean", "batchmean (mean over tokens) or sum.", ("batchmean", "sum"))
-    tail: str = setting("keep", "Mass outside the cached top-k: keep (as one more class) or ignore.", ("keep", "ignore"))
+    tail: str = setting(
+        "keep", "Mass outside the cached top-k: keep (as one more class) or ignore.", ("keep", "ignore")
+    )
 
 
 @dataclass
@@ -218,7 +224,9 @@ class EvaluationConfig:
 class OutputConfig:
     """Where runs are written."""
 
-    base_dir: str = setting("runs", "Directory of the runs; a run is base_dir/experiment_name unless run=PATH is given.")
+    base_dir: str = setting(
+        "runs", "Directory of the runs; a run is base_dir/experiment_name unless run=PATH is given."
+    )
 
 
 @dataclass

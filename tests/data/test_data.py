@@ -1,0 +1,82 @@
+"""Sources and packing: nothing lost, nothing padded, and errors that name what is wrong."""
+
+import json
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from moe_compress.config import DatasetConfig
+from moe_compress.data import load_documents, packed_dataset
+from moe_compress.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    vocabulary = {"<eos>": 0, "<unk>": 1, **{str(i): i + 2 for i in range(100)}}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="<unk>")
+
+
+@pytest.fixture
+def lines(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{i} {i} {i}", "other": "x"}) + "\n" for i in range(20)))
+    return str(path)
+
+
+def test_rows_are_full_and_hold_every_document_once(lines, tokenizer):
+    rows = packed_dataset(DatasetConfig(name=lines, max_length=8), tokenizer, seed=0)["input_ids"]
+    assert [len(row) for row in rows] == [8] * 10
+    flat = [token for row in rows for token in row]
+    assert sorted(flat) == sorted([0] * 20 + [i + 2 for i in range(20) for _ in range(3)])
+
+
+def test_order_follows_the_seed(lines):
+    def read(seed):
+        return list(load_documents(DatasetConfig(name=lines), seed))
+
+    assert read(1) == read(1)
+    assert read(1) != read(2)
+    assert sorted(read(1)) == sorted(read(2))
+
+
+def test_streaming_reads_the_same_documents(lines):
+    streamed = list(load_documents(DatasetConfig(name=lines, streaming=True), seed=0))
+    assert sorted(streamed) == sorted(load_documents(DatasetConfig(name=lines), seed=0))
+
+
+def test_max_samples_limits_rows(lines, tokenizer):
+    assert len(packed_dataset(DatasetConfig(name=lines, max_length=8, max_samples=3), tokenizer, seed=0)) == 3
+
+
+def test_a_text_file_is_one_document(tmp_path):
+    path = tmp_path / "play.txt"
+    path.write_text("first line\nsecond line\n")
+    (document,) = load_documents(DatasetConfig(name=str(path)), seed=0)
+    assert document.splitlines() == ["first line", "second line"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_missing_column_lists_the_columns(lines, streaming):
+    dataset = DatasetConfig(name=lines, text_column="body", streaming=streaming)
+    with pytest.raises(UserError, match="no column 'body'.*text, other"):
+        list(load_documents(dataset, seed=0))
+
+
+def test_unknown_split_of_stdlib():
+    with pytest.raises(UserError, match="no split 'dev'"):
+        list(load_documents(DatasetConfig(split="dev"), seed=0))
+
+
+def test_unknown_file_type(tmp_path):
+    path = tmp_path / "data.xyz"
+    path.write_text("x")
+    with pytest.raises(UserError, match="unknown type"):
+        list(load_documents(DatasetConfig(name=str(path)), seed=0))
+
+
+def test_too_little_text(lines, tokenizer):
+    with pytest.raises(UserError, match="fewer than max_length=1000"):
+        packed_dataset(DatasetConfig(name=lines, max_length=1000), tokenizer, seed=0)
