@@ -1,4 +1,4 @@
-"""What the reference MoE is worth: its losses beside a unigram model's, its routing, and the model card that says so."""
+"""What the reference MoE is worth: losses beside a unigram model's, routing, and the model card that says so."""
 
 from __future__ import annotations
 
@@ -110,11 +110,12 @@ tags: [mixture-of-experts, olmoe, moe-compress]
 # Reference MoE of moe-compress
 
 A small Mixture-of-Experts language model of the OLMoE architecture ({recipe.num_experts} experts,
-top-{recipe.num_experts_per_tok}, {recipe.num_hidden_layers} layers), trained on the source of the Python standard library so
-that compression can be tried, tested and measured without a hub. It writes plausible Python; it knows nothing else.
+top-{recipe.num_experts_per_tok}, {recipe.num_hidden_layers} layers), trained on the source of the Python
+standard library so that compression can be tried, tested and measured without a hub. It writes plausible
+Python; it knows nothing else.
 
-Made by `moe-compress reference train`: {recipe.max_steps:,} steps, {trained:,} tokens. Files are split by a hash of their
-path, so that the text of validation and test was never trained on.
+Made by `moe-compress reference train`: {recipe.max_steps:,} steps, {trained:,} tokens. Files are split by a
+hash of their path, so that the text of validation and test was never trained on.
 
 | split | tokens | loss (nats per token) | perplexity | loss of a unigram model |
 |---|---|---|---|---|
