@@ -1,0 +1,154 @@
+"""Where a checkpoint is, and whether it is whole: checks made before any tensor is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from moe_compress.errors import UserError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_PICKLE = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
+
+
+def resolve_model_path(name: str | Path, revision: str | None = None) -> Path:
+    """The directory of a model: the reference model's, a local one, or a hub repository's after downloading it.
+
+    Args:
+        name: `reference`, a local directory, or a hub id such as `Qwen/Qwen3-30B-A3B`.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        UserError: no such directory or repository, or the hub cannot be reached.
+    """
+    if str(name) == "reference":
+        from moe_compress.reference import REFERENCE_MODEL_DIR
+
+        if not (REFERENCE_MODEL_DIR / "config.json").exists():
+            raise UserError(
+                f"the reference model is not in {REFERENCE_MODEL_DIR}; train it: moe-compress reference train"
+            )
+        return REFERENCE_MODEL_DIR
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(f"{name} is a file; give the directory that holds config.json and the weights")
+    text = str(name)
+    if text.startswith((".", "~", "/")) or text.count("/") > 1 or "\\" in text:
+        raise UserError(f"{name}: no such directory")
+    return _download(text, revision)
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(
+            snapshot_download(
+                repository,
+                revision=revision,
+                allow_patterns=_DOWNLOADED,
+                # Originals in the publisher's own format, which would double the download.
+                ignore_patterns=["original/*", "consolidated*", "metal/*"],
+            )
+        )
+    except GatedRepoError as error:
+        raise UserError(
+            f"{repository} is gated: accept its terms on the hub and log in with `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"{repository} has no revision {revision!r} on the hub") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(f"{repository} is neither a local directory nor a model on the hub; check its name") from error
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"{repository} is not a local directory, and the hub cannot be reached to download it; check the name, the "
+            "network, or HF_HUB_OFFLINE"
+        ) from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The config.json of a checkpoint directory, as it stands.
+
+    Raises:
+        UserError: there is none, or it is not a JSON object.
+    """
+    file = path / "config.json"
+    if not file.is_file():
+        raise UserError(f"{path} has no config.json; give the directory of a Hugging Face model")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file} cannot be read as JSON ({error}); get the checkpoint again") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{file} is not a JSON object; get the checkpoint again")
+    return config
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint directory, in order, after checking that all are there and whole.
+
+    Only headers are read, so this is cheap for the largest checkpoint.
+
+    Raises:
+        UserError: no weights, only pickled ones, a shard that the index names but the directory lacks, a truncated
+            file, or a tensor that is not in the shard where the index has it.
+    """
+    index_file = path / INDEX_FILE
+    if not index_file.exists():
+        file = path / SINGLE_FILE
+        if not file.exists():
+            raise UserError(_no_weights(path))
+        _tensor_names(file)
+        return [file]
+    try:
+        weight_map: dict[str, str] = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{index_file} is not an index of shards ({error!r}); get the checkpoint again") from error
+    shards = sorted(set(weight_map.values()))
+    missing = [shard for shard in shards if not (path / shard).exists()]
+    if missing:
+        raise UserError(
+            f"{path}: {len(missing)} of {len(shards)} shards are missing, such as {missing[0]}; get them again"
+        )
+    names = {shard: _tensor_names(path / shard) for shard in shards}
+    for tensor, shard in weight_map.items():
+        if tensor not in names[shard]:
+            raise UserError(
+                f"{path / shard} lacks the tensor {tensor} that {INDEX_FILE} names; get the checkpoint again"
+            )
+    return [path / shard for shard in shards]
+
+
+def _no_weights(path: Path) -> str:
+    pickled = sorted(
+        file.name for pattern in _PICKLE for file in path.glob(pattern) if file.name != "training_args.bin"
+    )
+    if not pickled:
+        return f"{path} has no {SINGLE_FILE} and no {INDEX_FILE}; there are no weights to load"
+    return (
+        f"{path} has only pickled weights ({pickled[0]}), which can run code when opened and are not read here; if you "
+        "trust them, convert them: AutoModelForCausalLM.from_pretrained(dir, use_safetensors=False)"
+        ".save_pretrained(new_dir)"
+    )
+
+
+def _tensor_names(file: Path) -> set[str]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return set(tensors.keys())
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is truncated or damaged ({error}); get it again") from error

@@ -1,0 +1,227 @@
+"""`SharedCoreExperts`: the drop-in for the experts of one MoE layer, with the folded forward pass.
+
+For token n routed to experts e with weights g_e, and W_e = C + A_e B_e on both projections:
+
+    z_e = C x + A_e (B_e x)                                  C x once per token, not once per expert
+    h_e = gate(z_e)
+    y   = C' (sum_e g_e h_e) + sum_e A'_e (B'_e (g_e h_e))   C' once per token, after the weighted sum
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_compress.errors import UserError
+from moe_compress.factorization.factors import DeltaFactors, Factors
+from moe_compress.modeling.find import describe_experts, up_projection
+from moe_compress.modeling.routing import choose_routing
+from moe_compress.modeling.tensors import (
+    Parameterization,
+    factor_shapes,
+    factor_tensors,
+    factors_from_tensors,
+    layout_of,
+    parameterization_of,
+)
+
+# What a module's dictionary holds that belongs to that one instance: torch's own state, hooks that accelerate put
+# there, and the flag that Transformers sets while it loads.
+_NOT_COPIED = {*nn.Module().__dict__, "forward", "_old_forward", "_hf_hook", "_is_hf_initialized"}
+
+
+class SharedCoreExperts(nn.Module):
+    """Experts of one MoE layer as a shared core and low-rank factors per expert; biases stay as they are.
+
+    It carries over the plain attributes of the module it replaces (activation, limits, config ...) and calls that
+    class's own `_apply_gate`, so that one class serves every architecture.
+
+    Parameters, for each projection P (`gate_up_proj` or `up_proj`, and `down_proj`), always as [out, in]:
+        P: the core [out, in], or the empty [0, in].
+        P_delta_out [E, out, R] and P_delta_in [E, R, in], or for the wrapper
+        P_u_out, P_v_out [E, out, r] and P_u_in, P_v_in [E, in, r].
+        P_bias: [E, out], where the original has biases.
+    """
+
+    def __init__(
+        self, original: nn.Module, layout: dict[str, dict[str, int]], parameterization: Parameterization = "delta"
+    ) -> None:
+        """Uninitialized parameters, on the device and of the dtype of the original's.
+
+        Args:
+            original: the experts module to stand in for; it is not changed.
+            layout: `delta_rank` and `cores` of each projection, as in `SharedCoreConfig.layers`.
+
+        Raises:
+            UserError: the layout names other projections than the module has, or the module cannot be compressed.
+        """
+        super().__init__()
+        facts = describe_experts(type(original).__name__, original)
+        if set(layout) != set(facts.projections):
+            raise UserError(
+                f"{type(original).__name__} has the projections {sorted(facts.projections)}, not {sorted(layout)}"
+            )
+        self.original_class = type(original)
+        self.parameterization: Parameterization = parameterization
+        self.num_experts: int = facts.num_experts
+        copy_attributes(original, self)
+        for projection, shape in facts.projections.items():
+            weight = getattr(original, projection)
+            for name, size in factor_shapes(projection, shape, layout[projection], parameterization).items():
+                self.register_parameter(name, nn.Parameter(torch.empty(size, device=weight.device, dtype=weight.dtype)))
+            if facts.has_bias:
+                bias = getattr(original, f"{projection}_bias")
+                self.register_parameter(f"{projection}_bias", nn.Parameter(torch.empty_like(bias)))
+
+    @property
+    def projections(self) -> tuple[str, str]:
+        """The names of the two projections."""
+        return up_projection(self), "down_proj"
+
+    @property
+    def layout(self) -> dict[str, dict[str, int]]:
+        """The module's entry in `SharedCoreConfig.layers`."""
+        return {projection: layout_of(self.factors(projection)) for projection in self.projections}
+
+    def factors(self, projection: str) -> Factors:
+        """The factors of one projection, which share the parameters' storage and gradients."""
+        names = [name for name in self._parameters if name.startswith(projection)]
+        return factors_from_tensors(projection, {name: getattr(self, name) for name in names})
+
+    def bias(self, projection: str) -> Tensor | None:
+        """The bias [E, out] of one projection, if the architecture has biases."""
+        return getattr(self, f"{projection}_bias", None)
+
+    @torch.no_grad()
+    def load_factors(self, projection: str, factors: Factors, bias: Tensor | None = None) -> None:
+        """Copy factors (and a bias [E, out]) into the parameters, cast to their dtype.
+
+        Raises:
+            UserError: another parameterization or other shapes than the module was made for.
+        """
+        tensors = factor_tensors(projection, factors)
+        if bias is not None:
+            tensors[f"{projection}_bias"] = bias
+        for name, tensor in tensors.items():
+            target = self._parameters.get(name)
+            if target is None or target.shape != tensor.shape:
+                expected = "none" if target is None else tuple(target.shape)
+                raise UserError(f"{name}: factors of shape {tuple(tensor.shape)} given, {expected} expected")
+            target.copy_(tensor)
+
+    @torch.no_grad()
+    def fold_(self) -> SharedCoreExperts:
+        """Replace wrappers by the core and delta they stand for, in place; nothing to do for a delta."""
+        for projection in self.projections if self.parameterization == "wrapper" else ():
+            wrapper = self.factors(projection)
+            trainable, dtype = wrapper.u_out.requires_grad, wrapper.core.dtype  # type: ignore[union-attr]
+            for name in factor_tensors(projection, wrapper):
+                if name != projection:
+                    delattr(self, name)
+            # Stored in 16 bits, the products are still formed in fp32 and rounded once.
+            working = torch.promote_types(dtype, torch.float32)
+            raised = type(wrapper)(**{name: value.to(working) for name, value in vars(wrapper).items()})
+            for name, tensor in factor_tensors(projection, raised.fold()).items():
+                if name != projection:
+                    self.register_parameter(name, nn.Parameter(tensor.to(dtype), requires_grad=trainable))
+        self.parameterization = "delta"
+        return self
+
+    @torch.no_grad()
+    def materialize(self, projection: str) -> Tensor:
+        """The dense weights [E, out, in] of one projection, computed in fp32 and rounded once to the stored dtype."""
+        factors = self.factors(projection)
+        working = torch.promote_types(self.down_proj.dtype, torch.float32)
+        values = {name: value if value is None else value.to(working) for name, value in vars(factors).items()}
+        return type(factors)(**values).materialize().to(self.down_proj.dtype)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The weighted sum of each token's experts; the signature of Transformers' experts.
+
+        Args:
+            hidden_states: [T, H].
+            top_k_index: [T, k]; the index `num_experts` is padding and adds nothing.
+            top_k_weights: [T, k] routing weights.
+
+        Returns:
+            [T, H] in the dtype of `hidden_states`.
+        """
+        if hidden_states.shape[0] == 0:
+            return torch.zeros_like(hidden_states)
+        dtype = self._compute_dtype(hidden_states.device.type)
+        up_name, down_name = self.projections
+        up, down = self._folded(up_name, dtype), self._folded(down_name, dtype)
+        values_per_expert = max(side.delta_in[0].numel() + side.delta_out[0].numel() for side in (up, down))
+        routing = choose_routing(values_per_expert, top_k_index, top_k_weights, self.num_experts)
+
+        # A token without any expert may hold anything, even NaN; it must not reach the core, nor its gradient.
+        tokens = hidden_states.to(dtype).masked_fill(routing.padded.all(dim=1, keepdim=True), 0.0)
+        inner = routing.low_rank(tokens[routing.tokens], up.delta_in, up.delta_out)
+        if up.core is not None:
+            inner = inner + F.linear(tokens, up.core)[routing.tokens]
+        bias = self.bias(up_name)
+        if bias is not None:
+            inner = inner + bias.to(dtype)[routing.experts]
+        weighted = (self._gate(inner) * routing.weights).to(dtype)
+
+        out = routing.sum_rows(routing.low_rank(weighted, down.delta_in, down.delta_out))
+        if down.core is not None:
+            out = out + F.linear(routing.sum_rows(weighted), down.core)
+        bias = self.bias(down_name)
+        if bias is not None:
+            out = out + F.linear(routing.dense_weights.to(dtype), bias.to(dtype).mT)
+        return self._anchor(out).to(hidden_states.dtype)
+
+    def _compute_dtype(self, device_type: str) -> torch.dtype:
+        # Grouped GEMMs are not among the operations that autocast casts, so the casts are ours to make.
+        if torch.is_autocast_enabled(device_type):
+            return torch.get_autocast_dtype(device_type)
+        return self.down_proj.dtype
+
+    def _folded(self, projection: str, dtype: torch.dtype) -> DeltaFactors:
+        delta = self.factors(projection).fold()
+        core = None if delta.core is None else delta.core.to(dtype)
+        return DeltaFactors(core, delta.delta_out.to(dtype), delta.delta_in.to(dtype))
+
+    def _gate(self, inner: Tensor) -> Tensor:
+        """The original's gate, [S, G*I] to [S, I]."""
+        gate: Any = self.original_class._apply_gate if self.has_gate else None
+        return gate(self, inner) if gate is not None else self.act_fn(inner)  # type: ignore[operator]
+
+    def _anchor(self, out: Tensor) -> Tensor:
+        """Ties empty cores to the graph: data parallelism waits for the gradient of every trainable parameter."""
+        for projection in self.projections:
+            core = getattr(self, projection)
+            if core.shape[0] == 0 and core.requires_grad and torch.is_grad_enabled():
+                out = out + core.sum().to(out.dtype)
+        return out
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        layout = ", ".join(
+            f"{name}: rank {value['delta_rank']}, {value['cores']} core" for name, value in self.layout.items()
+        )
+        return f"{self.original_class.__name__}, {self.num_experts} experts, {self.parameterization}, {layout}"
+
+
+def copy_attributes(source: nn.Module, target: nn.Module) -> None:
+    """Carry over plain attributes and submodules (an activation may be a module), but no parameters."""
+    for name, value in source.__dict__.items():
+        if name not in _NOT_COPIED:
+            setattr(target, name, value)
+    for name, child in source.named_children():
+        target.add_module(name, child)
+
+
+def find_shared_cores(model: nn.Module) -> dict[str, SharedCoreExperts]:
+    """The compressed experts modules of a model by name, in the order of its layers."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SharedCoreExperts)}
+
+
+def parameterization_of_model(model: nn.Module) -> Parameterization:
+    """The parameterization of a compressed model."""
+    cores = find_shared_cores(model).values()
+    return parameterization_of([core.factors(name) for core in cores for name in core.projections])
