@@ -1,0 +1,312 @@
+"""What a compression will do, computed from headers alone: ranks, bytes, parameters, arithmetic, memory and disk."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from moe_compress.compression.calibrate import GRAM_BYTES_AT_ONCE, gram_bytes
+from moe_compress.compression.mapping import MoeLayer
+from moe_compress.compression.ranks import choose_ranks, stored_dtype
+from moe_compress.compression.source import SourceModel, open_model
+from moe_compress.config import Config
+from moe_compress.errors import UserError
+from moe_compress.factorization import projection_bytes
+from moe_compress.modeling import experts_per_token
+
+_LIBRARY_BYTES = 600 << 20  # interpreter, PyTorch and Transformers
+_TEMPORARY_BYTES = 512 << 20  # one temporary of a fit over a chunk of experts is at most this
+
+
+@dataclass(frozen=True)
+class ProjectionPlan:
+    """One projection of one MoE layer: what it is and what it becomes."""
+
+    name: str
+    experts: int
+    rows: int  # out
+    columns: int  # in
+    delta_rank: int
+    cores: int
+    dtype: str  # of the stored factors
+    bytes_before: int
+    bytes_after: int
+
+    @property
+    def parameters_before(self) -> int:
+        return self.experts * self.rows * self.columns
+
+    @property
+    def parameters_after(self) -> int:
+        return projection_bytes(self.experts, self.rows, self.columns, self.delta_rank, self.cores, 1)
+
+    def active_before(self, top_k: int) -> int:
+        """Parameters used for one token."""
+        return top_k * self.rows * self.columns
+
+    def active_after(self, top_k: int) -> int:
+        """Parameters used for one token: the core once, the delta of each expert that the token is routed to."""
+        return self.cores * self.rows * self.columns + top_k * self.delta_rank * (self.rows + self.columns)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One MoE layer."""
+
+    name: str
+    top_k: int  # experts per token
+    projections: list[ProjectionPlan]
+    bias_values: int
+    bias_bytes_before: int
+    bias_bytes_after: int
+    gram_bytes: int
+
+    @property
+    def bytes_before(self) -> int:
+        return self.bias_bytes_before + sum(projection.bytes_before for projection in self.projections)
+
+    @property
+    def bytes_after(self) -> int:
+        return self.bias_bytes_after + sum(projection.bytes_after for projection in self.projections)
+
+    @property
+    def active_bias(self) -> int:
+        """Bias values used for one token."""
+        return self.top_k * self.bias_values // self.projections[0].experts
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model's size. Parameters count tied ones once; bytes are those of the tensors in the checkpoint."""
+
+    bytes: int
+    expert_bytes: int
+    parameters: int
+    expert_parameters: int
+    active_parameters: int
+    flops_per_token: int  # multiply-adds times two, of all matrices; attention over the context comes on top
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan of a compression.
+
+    Attributes:
+        unused: tensors of the source that the model does not load; they are copied as they are.
+        peak_bytes: expected peak of main memory (and of the device, where the two differ).
+        disk_bytes: disk needed while it runs: the compressed checkpoint and the cached Gram matrices.
+    """
+
+    model: str
+    path: str
+    architecture: str
+    parameterization: str
+    calibrated: bool
+    layers: list[LayerPlan]
+    unused: list[str]
+    before: Size
+    after: Size
+    peak_bytes: int
+    disk_bytes: int
+    peak_stage: str = field(default="fit")
+
+    @property
+    def ratio(self) -> float:
+        """Share of the bytes of the projections that is kept (biases, which are never compressed, do not count)."""
+        before = sum(projection.bytes_before for layer in self.layers for projection in layer.projections)
+        after = sum(projection.bytes_after for layer in self.layers for projection in layer.projections)
+        return after / before
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as JSON-serializable facts."""
+        return {**asdict(self), "ratio": self.ratio}
+
+
+def plan(config: Config) -> Plan:
+    """Plan a compression from the headers of the checkpoint, check that it makes sense, and print it.
+
+    Raises:
+        UserError: the model cannot be compressed, or not with these settings.
+    """
+    from moe_compress.compression.plan_table import print_plan
+
+    result = make_plan(open_model(config.model), config)
+    check_plan(result)
+    print_plan(result)
+    return result
+
+
+def make_plan(source: SourceModel, config: Config) -> Plan:
+    """Choose the ranks and count everything. Nothing is checked for sense: see `check_plan`."""
+    settings = config.compression
+    ranks = choose_ranks(source.map.layers, config)
+    layers = [_layer_plan(layer, source, config, ranks) for layer in source.map.layers]
+    model = source.map.model
+    embeddings = _embedding_parameters(model)
+    others = _non_expert_parameters(model, source.map.layers)
+    passthrough = sum(source.checkpoint[name].nbytes for name in source.map.passthrough)
+    total = passthrough + sum(layer.bytes_before for layer in layers)
+
+    def size(
+        expert_bytes: int, count: Callable[[ProjectionPlan], int], active: Callable[[ProjectionPlan, int], int]
+    ) -> Size:
+        expert_parameters = sum(
+            layer.bias_values + sum(count(projection) for projection in layer.projections) for layer in layers
+        )
+        active_experts = sum(
+            layer.active_bias + sum(active(projection, layer.top_k) for projection in layer.projections)
+            for layer in layers
+        )
+        return Size(
+            bytes=passthrough + expert_bytes,
+            expert_bytes=expert_bytes,
+            parameters=others + expert_parameters,
+            expert_parameters=expert_parameters,
+            active_parameters=others + active_experts,
+            flops_per_token=2 * (others - embeddings + active_experts),
+        )
+
+    before = size(
+        sum(layer.bytes_before for layer in layers), lambda p: p.parameters_before, ProjectionPlan.active_before
+    )
+    after = size(sum(layer.bytes_after for layer in layers), lambda p: p.parameters_after, ProjectionPlan.active_after)
+    calibrated = settings.calibration.enabled
+    grams = sum(layer.gram_bytes for layer in layers) if calibrated else 0
+    peaks = {"fit": max(_fit_peak(layer, calibrated) for layer in layers)}
+    if calibrated:
+        largest = max(layer.gram_bytes for layer in layers)
+        peaks["calibration"] = _LIBRARY_BYTES + total + min(grams, max(GRAM_BYTES_AT_ONCE, largest))
+    stage = max(peaks, key=peaks.__getitem__)
+    return Plan(
+        model=config.model.name,
+        path=str(source.path),
+        architecture=type(model).__name__,
+        parameterization=settings.parameterization,
+        calibrated=calibrated,
+        layers=layers,
+        unused=source.map.unused,
+        before=before,
+        after=after,
+        peak_bytes=peaks[stage],
+        disk_bytes=after.bytes + grams,
+        peak_stage=stage,
+    )
+
+
+def check_plan(plan: Plan) -> None:
+    """Refuse a plan that makes no sense.
+
+    Raises:
+        UserError: a rank above the dimensions, a delta that saves nothing, a wrapper without a core.
+    """
+    for layer in plan.layers:
+        for projection in layer.projections:
+            place = f"{layer.name}.{projection.name}"
+            if plan.parameterization == "wrapper" and projection.cores == 0:
+                raise UserError("compression.parameterization=wrapper needs a core; set compression.cores=1 or delta")
+            limit = min(projection.rows, projection.columns)
+            if projection.delta_rank > limit:
+                raise UserError(
+                    f"compression.rank={projection.delta_rank // 2} is above the dimensions of {place}: it makes a "
+                    f"delta of rank {projection.delta_rank}, at most {limit} is possible; use a rank up to {limit // 2}"
+                )
+            if projection.parameters_after >= projection.parameters_before:
+                most = _largest_saving_rank(projection)
+                advice = f"use a rank up to {most // 2}" if most > 1 else "its experts are too few or too small"
+                raise UserError(
+                    f"a delta of rank {projection.delta_rank} saves nothing on {place} "
+                    f"({projection.parameters_after} of {projection.parameters_before} parameters); {advice}"
+                )
+
+
+def check_disk(plan: Plan, directory: Path, existing: int = 0) -> None:
+    """Refuse to begin when the disk of `directory` cannot hold the result; `existing` bytes are there already.
+
+    Raises:
+        UserError: not enough free space.
+    """
+    place = directory
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    needed = plan.disk_bytes - existing
+    if needed > free:
+        raise UserError(
+            f"the disk of {directory} has {free / 1e9:.1f} GB free and {needed / 1e9:.1f} GB are needed; "
+            "free some or set output.base_dir to another disk"
+        )
+
+
+def _largest_saving_rank(projection: ProjectionPlan) -> int:
+    spare = (projection.experts - projection.cores) * projection.rows * projection.columns
+    per_rank = projection.experts * (projection.rows + projection.columns)
+    return max(0, min((spare - 1) // per_rank, projection.rows, projection.columns))
+
+
+def _layer_plan(layer: MoeLayer, source: SourceModel, config: Config, ranks: dict[tuple[str, str], int]) -> LayerPlan:
+    cores = config.compression.cores
+    projections = []
+    bias_values = bias_before = bias_after = 0
+    for name, (experts, rows, columns) in layer.experts.projections.items():
+        dtype = stored_dtype(layer, name, config)
+        rank = ranks[layer.name, name]
+        projections.append(
+            ProjectionPlan(
+                name=name,
+                experts=experts,
+                rows=rows,
+                columns=columns,
+                delta_rank=rank,
+                cores=cores,
+                dtype=str(dtype).removeprefix("torch."),
+                bytes_before=experts * rows * columns * layer.dtypes[name].itemsize,
+                bytes_after=projection_bytes(experts, rows, columns, rank, cores, dtype.itemsize),
+            )
+        )
+        bias = f"{name}_bias"
+        if bias in layer.dtypes:
+            bias_values += experts * rows
+            bias_before += experts * rows * layer.dtypes[bias].itemsize
+            bias_after += experts * rows * stored_dtype(layer, bias, config).itemsize
+    return LayerPlan(
+        name=layer.name,
+        top_k=experts_per_token(source.map.model, layer.name),
+        projections=projections,
+        bias_values=bias_values,
+        bias_bytes_before=bias_before,
+        bias_bytes_after=bias_after,
+        gram_bytes=gram_bytes(layer.experts),
+    )
+
+
+def _non_expert_parameters(model: nn.Module, layers: list[MoeLayer]) -> int:
+    """Number of parameters outside the experts, each tied one counted once."""
+    inside = {id(parameter) for layer in layers for parameter in layer.experts.module.parameters()}
+    return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside)
+
+
+def _embedding_parameters(model: Any) -> int:
+    """Parameters of the input embedding that are only looked up, not multiplied with (0 when tied to the head)."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if embedding is None or (head is not None and head.weight is embedding.weight):
+        return 0
+    return int(embedding.weight.numel())
+
+
+def _fit_peak(layer: LayerPlan, calibrated: bool) -> int:
+    """Expected peak of main memory while one layer is fitted.
+
+    The layer in its stored type three times (as read, as joined by Transformers' converter, as permuted), the factors
+    in fp32, a few temporaries, and of the largest Gram matrices the measured, shrunk and damped ones and their root.
+    """
+    factors = sum(4 * projection.parameters_after for projection in layer.projections)
+    temporaries = 4 * max(min(_TEMPORARY_BYTES, 4 * projection.parameters_before) for projection in layer.projections)
+    grams = 0
+    if calibrated:
+        grams = layer.gram_bytes + 3 * max(4 * p.experts * p.columns**2 for p in layer.projections)
+    return _LIBRARY_BYTES + 3 * layer.bytes_before + factors + temporaries + grams

@@ -1,0 +1,68 @@
+"""The model to compress: its directory, its configuration, its tensors and what they are for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from moe_compress.compression.checkpoint import Checkpoint
+from moe_compress.compression.mapping import ModelMap, map_checkpoint, meta_model
+from moe_compress.config import ModelConfig
+from moe_compress.errors import UserError
+from moe_compress.modeling import resolve_model_path
+from moe_compress.modeling.checkpoint import read_config
+
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot"}
+_COPIED_DIRECTORIES = ("additional_chat_templates",)
+
+
+@dataclass(frozen=True)
+class SourceModel:
+    """A model on disk, opened by its headers only."""
+
+    path: Path
+    raw_config: dict[str, Any]  # config.json as it is
+    checkpoint: Checkpoint
+    map: ModelMap
+
+    def side_files(self) -> list[Path]:
+        """Everything of the directory that is neither weights nor config.json, relative to it, sorted."""
+        files = [file for file in self.path.iterdir() if file.is_file()]
+        for directory in _COPIED_DIRECTORIES:
+            files.extend(file for file in (self.path / directory).rglob("*") if file.is_file())
+        return sorted(
+            file.relative_to(self.path)
+            for file in files
+            if file.suffix not in _WEIGHT_SUFFIXES
+            and not file.name.endswith(".index.json")
+            and not file.name.startswith(".")
+            and file.name != "config.json"
+        )
+
+
+def open_model(settings: ModelConfig) -> SourceModel:
+    """Open the model to compress; no weight is read.
+
+    Raises:
+        UserError: no such model, not safetensors, already compressed or quantized, dense, of an architecture that
+            cannot be compressed, or incomplete.
+    """
+    path = resolve_model_path(settings.name, settings.revision)
+    raw_config = read_config(path)
+    quantization = raw_config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "an unknown method")
+        if method == "shared_core":
+            raise UserError(f"{path} is compressed already; give the original model instead")
+        raise UserError(f"{path} is quantized ({method}); give an unquantized checkpoint of the same model instead")
+    checkpoint = Checkpoint(path)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{path / 'config.json'} is not a configuration that Transformers knows: {reason}") from error
+    model = meta_model(config, trust_remote_code=settings.trust_remote_code)
+    return SourceModel(path, raw_config, checkpoint, map_checkpoint(checkpoint, model))
