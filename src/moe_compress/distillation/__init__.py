@@ -1,0 +1,45 @@
+"""Recovering quality by knowledge distillation from the original model.
+
+`encoders`, `manifest`, `writer` and `reader` are the cache of teacher logits, `generate` fills it; `teachers` serves a
+cached or a live teacher through one interface; `losses`, `parameters`, `stages`, `data`, `checkpoints` and `trainer`
+train the student; `pipeline` is the stage of a run. Names are imported on first use, so that `--help` stays fast.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe_compress.distillation.generate import generate_teacher_logits
+    from moe_compress.distillation.losses import distillation_loss
+    from moe_compress.distillation.pipeline import distill
+    from moe_compress.distillation.reader import TeacherCache
+    from moe_compress.distillation.targets import DenseTargets, SparseTargets
+    from moe_compress.distillation.trainer import DistillationTrainer
+
+_HOME = {
+    "DenseTargets": "targets",
+    "DistillationTrainer": "trainer",
+    "SparseTargets": "targets",
+    "TeacherCache": "reader",
+    "distill": "pipeline",
+    "distillation_loss": "losses",
+    "generate_teacher_logits": "generate",
+}
+
+__all__ = [
+    "DenseTargets",
+    "DistillationTrainer",
+    "SparseTargets",
+    "TeacherCache",
+    "distill",
+    "distillation_loss",
+    "generate_teacher_logits",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,141 @@
+"""Checkpoints of the student: what is in them, how training goes on from one, and which of them are kept.
+
+A checkpoint is a Transformers model directory with the files of the zero-shot checkpoint (config, tokenizer, code) and
+every tensor in the type it has there, so that its bytes are the same. What training needs beyond that is in its folder
+`training_state`: the Trainer's state, and the fp32 values of those weights that the stored type rounds. Only the newest
+checkpoint has that folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moe_compress.errors import UserError
+
+if TYPE_CHECKING:
+    from moe_compress.run import Run
+
+TRAINING_STATE = "training_state"
+_MASTER = "master_weights.safetensors"
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")
+
+# A running evaluator keeps a file of its own in this folder of the run's evaluations, and touches it regularly;
+# while one is there, checkpoints that results.jsonl does not have yet are kept.
+WATCHERS = "watchers"
+
+
+def stored_dtypes(model: Any) -> dict[str, torch.dtype]:
+    """The type of every tensor of a model as loaded, to store it in again."""
+    return {name: tensor.dtype for name, tensor in model.state_dict().items()}
+
+
+def save_student(
+    model: Any, state: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], directory: Path, origin: Path
+) -> None:
+    """Write a model directory that differs from the zero-shot checkpoint in nothing but the values of its weights.
+
+    Args:
+        model: the student, unwrapped.
+        state: its full state dict.
+        dtypes: type in which each tensor is stored.
+        directory: existing directory to write to.
+        origin: the zero-shot checkpoint, whose other files are copied.
+    """
+    converted: dict[int, Tensor] = {}
+    stored = {}
+    for name, tensor in state.items():
+        # Tied tensors must stay one tensor, or save_pretrained would not know them; empty ones share no memory.
+        key = tensor.data_ptr() if tensor.numel() else id(tensor)
+        if key not in converted:
+            converted[key] = tensor.detach().to("cpu", dtypes[name])
+        stored[name] = converted[key]
+    model.save_pretrained(directory, state_dict=stored)
+    # The config that save_pretrained writes tells of the training (its type, its use_cache), not of the checkpoint.
+    for file in origin.iterdir():
+        if file.is_file() and not file.name.endswith(_WEIGHT_SUFFIXES):
+            shutil.copyfile(file, directory / file.name)
+
+
+def save_master_weights(state: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], directory: Path) -> None:
+    """Write the fp32 values of the tensors that lose something in the type they are stored in."""
+    kept: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in state.items():
+        if tensor.data_ptr() in seen or tensor.dtype == dtypes[name]:
+            continue
+        seen.add(tensor.data_ptr())
+        if not torch.equal(tensor.to(dtypes[name]).to(tensor.dtype), tensor):
+            kept[name] = tensor.detach().cpu().contiguous()
+    save_file(kept, directory / _MASTER)
+
+
+def load_master_weights(model: Any, checkpoint: Path) -> None:
+    """Replace the rounded weights of a model loaded from `checkpoint`, now in fp32, by what they were in training.
+
+    Raises:
+        UserError: the checkpoint has no training state, or that of another model.
+    """
+    path = checkpoint / TRAINING_STATE / _MASTER
+    if not path.exists():
+        raise UserError(
+            f"{checkpoint} has no {TRAINING_STATE}, so that training cannot go on from it; "
+            "move it out of the run to go on from an earlier one"
+        )
+    unknown = model.load_state_dict(load_file(path), strict=False).unexpected_keys
+    if unknown:
+        raise UserError(f"{path} is of another model: it has {unknown[0]}")
+
+
+def rotate(run: Run, limit: int) -> None:
+    """Drop the training state of all checkpoints but the newest, and all but the `limit` newest checkpoints.
+
+    Never dropped: the zero-shot checkpoint, the target of `RUN/best`, and, while an evaluator is watching (see
+    `WATCHERS`), those not yet evaluated. A `limit` of 0 or less keeps all.
+    """
+    trained = [(step, path) for step, path in run.checkpoints() if step > 0]
+    for _, path in trained[:-1]:
+        _remove(path / TRAINING_STATE)
+    if limit < 1:
+        return
+    best = _resolved(run.path / "best")
+    evaluated = _evaluated_steps(run.evals_dir / "results.jsonl") if (run.evals_dir / WATCHERS).exists() else None
+    for step, path in trained[:-limit]:
+        if path.resolve() != best and (evaluated is None or step in evaluated):
+            _remove(path)
+
+
+def _resolved(link: Path) -> Path | None:
+    return link.resolve() if link.exists() else None
+
+
+def _evaluated_steps(results: Path) -> set[int]:
+    steps = set()
+    if results.exists():
+        for line in results.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:  # a line that is being written
+                continue
+            if entry.get("model") == "student" and entry.get("step") is not None:
+                steps.add(int(entry["step"]))
+    return steps
+
+
+def _remove(path: Path) -> None:
+    """Delete a directory so that nobody sees half of it."""
+    if not path.exists():
+        return
+    root = path.parent if path.name != TRAINING_STATE else path.parent.parent
+    doomed = root / f".{path.parent.name}-{path.name}.removed"
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)

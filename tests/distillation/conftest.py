@@ -1,0 +1,125 @@
+"""A tiny random OLMoE with its tokenizer, a text file, and runs made of them."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
+
+from moe_compress.config import Config, StageConfig
+from moe_compress.run import Run
+
+VOCABULARY = 97
+LENGTH = 16
+DOCUMENTS = 40
+
+MakeRun = Callable[..., Run]
+
+
+def make_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer; id 0 ends a document."""
+    vocabulary = {"<eos>": 0, "<unk>": 1} | {word: number for number, word in enumerate(words, start=2)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
+
+
+def save_model(path: Path, seed: int, words: list[str], **changes: int) -> Path:
+    """A tiny random OLMoE in bf16, with tied embeddings and a tokenizer of `words`."""
+    torch.manual_seed(seed)
+    config = OlmoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+        initializer_range=0.3,
+    )
+    for name, value in changes.items():
+        setattr(config, name, value)
+    OlmoeForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    make_tokenizer(words).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def words() -> list[str]:
+    """The vocabulary, without its two special tokens."""
+    return [f"word{number}" for number in range(VOCABULARY - 2)]
+
+
+@pytest.fixture(scope="session")
+def teacher_dir(tmp_path_factory: pytest.TempPathFactory, words: list[str]) -> Path:
+    """The teacher's checkpoint."""
+    return save_model(tmp_path_factory.mktemp("models") / "teacher", 1, words)
+
+
+@pytest.fixture(scope="session")
+def student_dir(tmp_path_factory: pytest.TempPathFactory, words: list[str]) -> Path:
+    """A student of the teacher's shape with other weights."""
+    return save_model(tmp_path_factory.mktemp("models") / "student", 2, words)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory, words: list[str]) -> Path:
+    """Documents of random words."""
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    choose = random.Random(0)
+    texts = [" ".join(choose.choices(words, k=choose.randint(5, 30))) for _ in range(DOCUMENTS)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def make_run(tmp_path: Path, teacher_dir: Path, student_dir: Path, text_file: Path) -> MakeRun:
+    """Make a run named by its argument, on the tiny teacher, whose zero-shot student is the tiny student."""
+
+    def make(name: str = "run", *, stages: list[StageConfig] | None = None, **training: object) -> Run:
+        config = Config()
+        config.model.name = str(teacher_dir)
+        config.model.dtype = "float32"
+        config.seed = 7
+        distillation = config.distillation
+        distillation.teacher.generation.top_k = 8
+        distillation.teacher.generation.batch_size = 3
+        distillation.teacher.generation.sequences_per_file = 5
+        distillation.dataset.name = str(text_file)
+        distillation.dataset.max_length = LENGTH
+        distillation.dataset.max_samples = 22
+        distillation.training.bf16 = False
+        distillation.training.per_device_train_batch_size = 2
+        distillation.training.gradient_accumulation_steps = 1
+        distillation.training.learning_rate = 1e-2
+        distillation.training.warmup_steps = 1
+        distillation.training.logging_steps = 1
+        distillation.training.save_steps = 2
+        distillation.training.max_steps = 4
+        for key, value in training.items():
+            setattr(distillation.training, key, value)
+        distillation.stages = stages or []
+        run = Run.create(tmp_path / name, config)
+        run.checkpoints_dir.mkdir(parents=True)
+        shutil.copytree(student_dir, run.checkpoint(0))
+        return run
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def filled_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a cache that several tests read is kept once it is made."""
+    return tmp_path_factory.mktemp("cache")
