@@ -1,0 +1,32 @@
+"""Measuring models: perplexity, agreement with the teacher, lm_eval tasks, routing, speed, of every checkpoint."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe_compress.evaluation.bench import bench
+    from moe_compress.evaluation.evaluate import evaluate_model, evaluate_run
+    from moe_compress.evaluation.harness import run_tasks
+    from moe_compress.evaluation.perplexity import TextScore, score_text
+    from moe_compress.evaluation.watch import watch
+
+# Lazy, because the report reads results without needing torch, Transformers or lm_eval.
+_HOME = {
+    "TextScore": "perplexity",
+    "bench": "bench",
+    "evaluate_model": "evaluate",
+    "evaluate_run": "evaluate",
+    "run_tasks": "harness",
+    "score_text": "perplexity",
+    "watch": "watch",
+}
+
+__all__ = ["TextScore", "bench", "evaluate_model", "evaluate_run", "run_tasks", "score_text", "watch"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

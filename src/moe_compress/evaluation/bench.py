@@ -1,0 +1,275 @@
+"""`moe-compress bench`: how fast a model's MoE layers would be, or are, with a shared core, on this machine.
+
+The layer is timed with random weights of the model's shapes, so that of a model that is not here only the
+configuration is needed; the whole model is timed where its weights are at hand.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from moe_compress.config import Config
+from moe_compress.errors import UserError
+from moe_compress.evaluation.machine import choose_device, describe_machine
+from moe_compress.evaluation.speed import CORE, SVD, TOKENS, layer_speed, model_speed, random_layer, same_bytes_layout
+from moe_compress.factorization import DeltaFactors, uniform_ranks
+from moe_compress.modeling import (
+    ExpertsModule,
+    compress_in_memory,
+    experts_per_token,
+    find_experts,
+    fold_in_memory,
+    load_model,
+    resolve_model_path,
+)
+
+Layout = dict[str, dict[str, int]]
+
+
+def bench(config: Config) -> dict[str, Any]:
+    """Time `model.name` against its compressed form, print the tables, and return their figures.
+
+    An original model is compared with random factors at the ranks of the settings; a compressed checkpoint with the
+    original of its shapes, and as a whole with `distillation.teacher.model_path` if that is given.
+
+    Raises:
+        UserError: no such model, a dense model, or a budget that cannot be reached.
+    """
+    console = Console()
+    device = choose_device(config)
+    model_config = load_config(config)
+    raw = getattr(model_config, "quantization_config", None)
+    layouts = raw["layers"] if isinstance(raw, dict) else getattr(raw, "layers", None)
+    dtype = _dtype(config, model_config)
+    found: dict[str, Any] = {"machine": describe_machine(), "device": str(device), "dtype": str(dtype)[6:]}
+    found["layers"] = bench_layers(model_config, layouts, config, dtype, device)
+    for layer in found["layers"]:
+        console.print(layer_table(layer, found))
+    models = _whole_models(config, compressed=layouts is not None, device=device)
+    if models is None:
+        console.print(
+            "The whole model is not timed: its weights (or, of a compressed one, its teacher's) are not here."
+        )
+    else:
+        found["model"] = model_speed(*models, seed=config.seed)
+        console.print(model_table(found["model"], found))
+    return found
+
+
+def bench_layers(
+    model_config: Any,
+    layouts: Mapping[str, Layout] | None,
+    config: Config,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    tokens: Sequence[int] = TOKENS,
+    seconds: float = 2.0,
+) -> list[dict[str, Any]]:
+    """Time one layer of each kind (shapes and ranks) that a model has.
+
+    Args:
+        model_config: a Transformers configuration; only shapes are taken from it.
+        layouts: the layouts of a compressed checkpoint by module name; None plans them from `config.compression`.
+        config: the settings.
+        dtype, device: what to time in, and where.
+        tokens, seconds: see `layer_speed`.
+
+    Returns:
+        A dict per kind: `module` (the first of its kind), `count`, `experts`, `top_k`, `hidden_size`,
+        `intermediate_size`, `layouts` by variant, and `rows` as `layer_speed` gives them.
+    """
+    model = _meta_model(model_config)
+    experts = find_experts(model)
+    planned = layouts or plan_layouts(experts, config, dtype)
+    kinds: dict[str, list[ExpertsModule]] = {}
+    for facts in experts:
+        kind = repr((facts.projections, planned[facts.name], experts_per_token(model, facts.name)))
+        kinds.setdefault(kind, []).append(facts)
+    results = []
+    for same in kinds.values():
+        facts = same[0]
+        original = facts.module.to_empty(device=device).to(dtype).eval()
+        with torch.no_grad():
+            for parameter in original.parameters():
+                parameter.normal_(std=0.02)
+        core = random_layer(original, planned[facts.name], config.seed)
+        layers = {CORE: core, SVD: random_layer(original, same_bytes_layout(core), config.seed)}
+        top_k = experts_per_token(model, facts.name)
+        results.append(
+            {
+                "module": facts.name,
+                "count": len(same),
+                "experts": facts.num_experts,
+                "top_k": top_k,
+                "hidden_size": facts.hidden_size,
+                "intermediate_size": facts.intermediate_size,
+                "kept": _bytes(core) / _bytes(original),
+                "layouts": {name: layer.layout for name, layer in layers.items()},
+                "rows": layer_speed(original, layers, top_k=top_k, tokens=tokens, seconds=seconds, seed=config.seed),
+            }
+        )
+        original.to_empty(device="meta")
+    return results
+
+
+def plan_layouts(experts: list[ExpertsModule], config: Config, dtype: torch.dtype) -> dict[str, Layout]:
+    """The ranks that the settings give, by module name and projection."""
+    settings = config.compression
+    shapes = {(facts.name, name): shape for facts in experts for name, shape in facts.projections.items()}
+    if settings.target_ratio is None and settings.target_bytes is None:
+        if settings.rank is None:
+            raise UserError("set compression.rank, compression.target_ratio or compression.target_bytes")
+        ranks = {f"{module}.{projection}": 2 * settings.rank for module, projection in shapes}
+    else:
+        ranks = uniform_ranks(
+            {f"{module}.{projection}": shape for (module, projection), shape in shapes.items()},
+            target_bytes=settings.target_bytes,
+            ratio=settings.target_ratio,
+            cores=settings.cores,
+            bytes_per_value=dtype.itemsize,
+            rank_multiple=settings.rank_multiple,
+            parameterization=settings.parameterization,
+        )
+    layouts: dict[str, Layout] = {}
+    for module, projection in shapes:
+        rank = ranks[f"{module}.{projection}"]
+        layouts.setdefault(module, {})[projection] = {"delta_rank": rank, "cores": settings.cores}
+    return layouts
+
+
+def load_config(config: Config) -> Any:
+    """The configuration of `model.name`, without its weights.
+
+    Raises:
+        UserError: there is none.
+    """
+    name, revision = config.model.name, config.model.revision
+    path = resolve_model_path(name) if is_local(name) else name
+    try:
+        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=config.model.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{name} has no configuration that can be loaded: {' '.join(str(error).split())}") from error
+
+
+def is_local(name: str) -> bool:
+    """Whether a model needs no download."""
+    return name == "reference" or Path(name).is_dir()
+
+
+def layer_table(layer: Mapping[str, Any], found: Mapping[str, Any]) -> Table:
+    """The times of one kind of layer: a row per variant, a column per number of tokens."""
+    tokens = list(dict.fromkeys(row["tokens"] for row in layer["rows"]))
+    ranks = {name: projection["delta_rank"] for name, projection in layer["layouts"][CORE].items()}
+    table = Table(
+        title=f"{layer['module']}: {layer['experts']} experts, top {layer['top_k']}, hidden {layer['hidden_size']}, "
+        f"intermediate {layer['intermediate_size']}; {layer['kept']:.1%} of the bytes, delta ranks {ranks}",
+        caption=f"ms per layer, median (quartiles), and speed against the fastest original; {_conditions(found)}",
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("")
+    for number in tokens:
+        table.add_column(f"{number:,} token{'s' if number > 1 else ''}", justify="right")
+    for variant in dict.fromkeys(row["variant"] for row in layer["rows"]):
+        by_tokens = {row["tokens"]: row for row in layer["rows"] if row["variant"] == variant}
+        cells = [
+            f"{row['ms']:.3g} ({row['ms_low']:.3g}-{row['ms_high']:.3g})  {row['speedup']:.2f}x"
+            if (row := by_tokens.get(number))
+            else ""
+            for number in tokens
+        ]
+        table.add_row(variant, *cells)
+    return table
+
+
+def model_table(speed: Mapping[str, Any], found: Mapping[str, Any]) -> Table:
+    """Tokens per second of the whole model."""
+    table = Table(
+        title="Whole model, one sequence",
+        caption=f"tokens per second, median (quartiles), and speed against the fastest original; {_conditions(found)}",
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("")
+    table.add_column(f"reading {speed['prefill_tokens']} tokens", justify="right")
+    table.add_column(f"writing {speed['decode_tokens']} tokens", justify="right")
+    for row in speed["rows"]:
+        cells = [
+            f"{row[kind]:,.0f} ({row[f'{kind}_low']:,.0f}-{row[f'{kind}_high']:,.0f})  {row[f'{kind}_speedup']:.2f}x"
+            if kind in row
+            else ""
+            for kind in ("prefill", "decode")
+        ]
+        table.add_row(row["variant"], *cells)
+    return table
+
+
+def _conditions(found: Mapping[str, Any]) -> str:
+    machine = found["machine"]
+    where = machine["cpu"] if found["device"] == "cpu" else f"{found['device']} ({', '.join(machine['gpus'])})"
+    return f"{found['dtype']}, {where}, {machine['threads']} threads, torch {machine['versions'].get('torch')}"
+
+
+def _whole_models(config: Config, *, compressed: bool, device: torch.device) -> tuple[Any, dict[str, Any]] | None:
+    """The original model and its compressed forms, or None when the weights are not at hand."""
+
+    def load(name: str) -> Any:
+        trust = config.model.trust_remote_code
+        return load_model(name, dtype=config.model.dtype, device=device, trust_remote_code=trust).eval()
+
+    if not is_local(config.model.name):
+        return None
+    if compressed:
+        teacher = config.distillation.teacher.model_path
+        return (load(teacher), {CORE: fold_in_memory(load(config.model.name))}) if teacher else None
+    original, student = load(config.model.name), load(config.model.name)
+    experts = find_experts(student)
+    layouts = plan_layouts(experts, config, student.dtype)
+    results = {
+        facts.name: {
+            name: _random_factors(shape, layouts[facts.name][name]) for name, shape in facts.projections.items()
+        }
+        for facts in experts
+    }
+    return original, {CORE: compress_in_memory(student, results)}
+
+
+def _random_factors(shape: tuple[int, int, int], layout: Mapping[str, int]) -> DeltaFactors:
+    experts, rows, columns = shape
+    rank = layout["delta_rank"]
+
+    def random(*size: int) -> Tensor:
+        return 0.02 * torch.randn(size)
+
+    core = random(rows, columns) if layout["cores"] else None
+    return DeltaFactors(core, random(experts, rows, rank), random(experts, rank, columns))
+
+
+def _meta_model(model_config: Any) -> Any:
+    plain = copy.deepcopy(model_config)
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(plain)
+
+
+def _dtype(config: Config, model_config: Any) -> torch.dtype:
+    name = config.model.dtype
+    dtype = model_config.get_text_config().dtype if name == "auto" else getattr(torch, name, None)
+    if name != "auto" and not isinstance(dtype, torch.dtype):
+        raise UserError(f"model.dtype={name} is not a type; use auto, bfloat16, float16 or float32")
+    return dtype or torch.float32
+
+
+def _bytes(module: torch.nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())

@@ -1,0 +1,123 @@
+"""`RUN/evals/results.jsonl`: one JSON line per measured checkpoint, and the best of them linked as `RUN/best`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from moe_compress.config import Config
+from moe_compress.errors import UserError
+from moe_compress.files import append_line, fingerprint
+
+Record = dict[str, Any]
+Key = tuple[str, int]
+
+RESULTS = "results.jsonl"
+
+
+def settings_fingerprint(config: Config) -> str:
+    """A hash of the settings that decide what a measurement says; other values make another measurement."""
+    evaluation = config.evaluation
+    measured = {
+        "tasks": evaluation.tasks,
+        "include_path": evaluation.include_path,
+        "limit": evaluation.limit,
+        "perplexity": asdict(evaluation.perplexity),
+        "seed": config.seed,
+        "model": asdict(config.model),
+    }
+    return fingerprint(measured)
+
+
+def read_results(evals_dir: Path) -> list[Record]:
+    """Every record, in the order of writing; a line that another process is writing at this moment is left out."""
+    path = evals_dir / RESULTS
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def latest_results(records: Iterable[Record], settings: str | None = None) -> dict[Key, Record]:
+    """The last record of each (model, step), of those measured with the given settings where these are given.
+
+    A record of an error yields to an earlier success: only the next success replaces that.
+    """
+    latest: dict[Key, Record] = {}
+    for record in records:
+        if settings is not None and record.get("settings") != settings:
+            continue
+        key = (record["model"], int(record["step"]))
+        if "error" not in record or "error" in latest.get(key, record):
+            latest[key] = record
+    return latest
+
+
+def append_result(evals_dir: Path, record: Record) -> None:
+    """Append one record; numbers that JSON has no name for (nan, inf) become null."""
+    append_line(evals_dir / RESULTS, jsonable(record))
+
+
+def jsonable(value: Any) -> Any:
+    """The value with every nan and infinity replaced by None."""
+    if isinstance(value, dict):
+        return {key: jsonable(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def metrics_of(record: Record) -> dict[str, float]:
+    """Every metric of a record by its name: `perplexity`, `kl`, ..., and `<task>.<metric>` of the tasks."""
+    names = ("perplexity", "loss", "kl", "top1_agreement")
+    metrics = {name: record[name] for name in names if isinstance(record.get(name), (int, float))}
+    for task, entry in record.get("tasks", {}).items():
+        for metric, value in entry.items():
+            if isinstance(value, (int, float)) and not metric.endswith("_stderr") and metric not in _NOT_METRICS:
+                metrics[f"{task}.{metric}"] = value
+    return metrics
+
+
+_NOT_METRICS = {"few_shot", "documents"}
+
+
+def choose_best(records: Iterable[Record], metric: str, greater_is_better: bool, run_path: Path) -> Record | None:
+    """The best measured student checkpoint that still exists, the earliest of equals; None without any.
+
+    Raises:
+        UserError: no record has that metric.
+    """
+    candidates = [
+        record
+        for record in records
+        if record["model"] == "student" and "error" not in record and (run_path / record["path"]).is_dir()
+    ]
+    scored = [(metrics_of(record)[metric], record) for record in candidates if metric in metrics_of(record)]
+    if candidates and not scored:
+        known = sorted({name for record in candidates for name in metrics_of(record)})
+        raise UserError(f"evaluation.metric is '{metric}', which was not measured; choose one of: {', '.join(known)}")
+    if not scored:
+        return None
+    sign = -1.0 if greater_is_better else 1.0
+    return min(scored, key=lambda entry: (sign * entry[0], entry[1]["step"]))[1]
+
+
+def link_best(run_path: Path, checkpoint: Path) -> None:
+    """Point `RUN/best` at a checkpoint of the run, relatively (a run can be moved) and atomically."""
+    link = run_path / "best"
+    temporary = run_path / f".best.{os.getpid()}.tmp"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(os.path.relpath(checkpoint, run_path), target_is_directory=True)
+    os.replace(temporary, link)
