@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
 from moe_compress.config import Config, StageConfig
+from moe_compress.distillation.generate import fill_cache
 from moe_compress.run import Run
 
 VOCABULARY = 97
@@ -84,42 +85,56 @@ def text_file(tmp_path_factory: pytest.TempPathFactory, words: list[str]) -> Pat
     return path
 
 
+def base_config(teacher_dir: Path, text_file: Path) -> Config:
+    """Settings of a short, exact training on the tiny teacher."""
+    config = Config()
+    config.model.name = str(teacher_dir)
+    config.model.dtype = "float32"
+    config.seed = 7
+    distillation = config.distillation
+    distillation.teacher.generation.top_k = 8
+    distillation.teacher.generation.batch_size = 3
+    distillation.teacher.generation.sequences_per_file = 5
+    distillation.dataset.name = str(text_file)
+    distillation.dataset.max_length = LENGTH
+    distillation.dataset.max_samples = 22
+    training = distillation.training
+    training.bf16 = False
+    training.per_device_train_batch_size = 2
+    training.gradient_accumulation_steps = 1
+    training.learning_rate = 1e-2
+    training.warmup_steps = 1
+    training.logging_steps = 1
+    training.save_steps = 2
+    training.save_total_limit = 100
+    training.max_steps = 4
+    return config
+
+
+@pytest.fixture(scope="session")
+def filled_cache(tmp_path_factory: pytest.TempPathFactory, teacher_dir: Path, text_file: Path) -> Path:
+    """The cache of `base_config`."""
+    directory = tmp_path_factory.mktemp("cache") / "teacher_logits"
+    fill_cache(base_config(teacher_dir, text_file), directory)
+    return directory
+
+
 @pytest.fixture
 def make_run(tmp_path: Path, teacher_dir: Path, student_dir: Path, text_file: Path) -> MakeRun:
-    """Make a run named by its argument, on the tiny teacher, whose zero-shot student is the tiny student."""
+    """Make a run on the tiny teacher, whose zero-shot student is the tiny student; keywords are training settings."""
 
-    def make(name: str = "run", *, stages: list[StageConfig] | None = None, **training: object) -> Run:
-        config = Config()
-        config.model.name = str(teacher_dir)
-        config.model.dtype = "float32"
-        config.seed = 7
-        distillation = config.distillation
-        distillation.teacher.generation.top_k = 8
-        distillation.teacher.generation.batch_size = 3
-        distillation.teacher.generation.sequences_per_file = 5
-        distillation.dataset.name = str(text_file)
-        distillation.dataset.max_length = LENGTH
-        distillation.dataset.max_samples = 22
-        distillation.training.bf16 = False
-        distillation.training.per_device_train_batch_size = 2
-        distillation.training.gradient_accumulation_steps = 1
-        distillation.training.learning_rate = 1e-2
-        distillation.training.warmup_steps = 1
-        distillation.training.logging_steps = 1
-        distillation.training.save_steps = 2
-        distillation.training.max_steps = 4
+    def make(
+        name: str = "run", *, stages: list[StageConfig] | None = None, cache: Path | None = None, **training: object
+    ) -> Run:
+        config = base_config(teacher_dir, text_file)
         for key, value in training.items():
-            setattr(distillation.training, key, value)
-        distillation.stages = stages or []
+            assert hasattr(config.distillation.training, key)
+            setattr(config.distillation.training, key, value)
+        config.distillation.stages = stages or []
+        config.distillation.teacher.cache_dir = str(cache) if cache else None
         run = Run.create(tmp_path / name, config)
         run.checkpoints_dir.mkdir(parents=True)
         shutil.copytree(student_dir, run.checkpoint(0))
         return run
 
     return make
-
-
-@pytest.fixture(scope="session")
-def filled_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a cache that several tests read is kept once it is made."""
-    return tmp_path_factory.mktemp("cache")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.utils import logging as hf_logging
 
 from moe_compress.errors import UserError
 
@@ -28,8 +29,8 @@ TRAINING_STATE = "training_state"
 _MASTER = "master_weights.safetensors"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")
 
-# A running evaluator keeps a file of its own in this folder of the run's evaluations, and touches it regularly;
-# while one is there, checkpoints that results.jsonl does not have yet are kept.
+# This folder of the run's evaluations is there as long as somebody watches (`evaluation.claims.presence`); then
+# checkpoints that results.jsonl does not have yet are kept.
 WATCHERS = "watchers"
 
 
@@ -58,7 +59,14 @@ def save_student(
         if key not in converted:
             converted[key] = tensor.detach().to("cpu", dtypes[name])
         stored[name] = converted[key]
-    model.save_pretrained(directory, state_dict=stored)
+    # Its own bar would break the trainer's.
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        model.save_pretrained(directory, state_dict=stored)
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
     # The config that save_pretrained writes tells of the training (its type, its use_cache), not of the checkpoint.
     for file in origin.iterdir():
         if file.is_file() and not file.name.endswith(_WEIGHT_SUFFIXES):
@@ -125,7 +133,7 @@ def _evaluated_steps(results: Path) -> set[int]:
                 entry = json.loads(line)
             except ValueError:  # a line that is being written
                 continue
-            if entry.get("model") == "student" and entry.get("step") is not None:
+            if entry.get("model") == "student" and "error" not in entry:
                 steps.add(int(entry["step"]))
     return steps
 

@@ -143,7 +143,7 @@ class DistillationTrainer(Trainer):
             # The normalizer counts the tokens of all ranks, and the gradients are then averaged over the ranks.
             loss = loss * self.accelerator.num_processes
         if not torch.isfinite(loss):
-            self._stop(f"the loss became {float(loss)}")
+            self._stop(f"the loss became {float(loss.detach())}")
         sums = torch.stack([parts.ce, parts.kl, parts.ce.new_tensor(parts.tokens)]).double()
         self._sums = self._sums.to(sums.device) + sums
         return (loss, outputs) if return_outputs else loss
