@@ -1,0 +1,27 @@
+"""Factorization of experts into a shared core and low-rank deltas: pure tensors, no Transformers."""
+
+from moe_compress.factorization.align import align_neurons, neuron_rows, permute_columns, permute_neurons, permute_rows
+from moe_compress.factorization.budget import check_rank, largest_rank, projection_bytes, uniform_ranks
+from moe_compress.factorization.factors import DeltaFactors, Factors, WrapperFactors
+from moe_compress.factorization.fit import METHODS, FitResult, FitSpec, fit
+from moe_compress.factorization.grams import shrink_grams
+
+__all__ = [
+    "METHODS",
+    "DeltaFactors",
+    "Factors",
+    "FitResult",
+    "FitSpec",
+    "WrapperFactors",
+    "align_neurons",
+    "check_rank",
+    "fit",
+    "largest_rank",
+    "neuron_rows",
+    "permute_columns",
+    "permute_neurons",
+    "permute_rows",
+    "projection_bytes",
+    "shrink_grams",
+    "uniform_ranks",
+]

@@ -1,0 +1,170 @@
+"""One interface to all fits: `fit(weights, spec, gram)`. A new method is a function under `@method(name)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_compress.errors import UserError
+from moe_compress.factorization.adam import fit_adam
+from moe_compress.factorization.closed_form import fit_delta
+from moe_compress.factorization.closed_form_wrapper import fit_wrapper
+from moe_compress.factorization.factors import Factors
+from moe_compress.factorization.grams import Metric, chunks
+
+PARAMETERIZATIONS = ("delta", "wrapper")
+
+
+@dataclass(frozen=True)
+class FitSpec:
+    """What to fit and how.
+
+    Attributes:
+        method: a key of `METHODS`.
+        parameterization: "delta" (core + A B) or "wrapper" ((I + U V^T) core (I + U V^T)).
+        delta_rank: inner size R of the folded delta, at most min(out, in); a wrapper has rank R / 2 per side.
+        cores: 1 for a shared core, 0 for none (delta only).
+        iterations: alternations of the closed form.
+        num_steps: Adam steps.
+        lr: Adam learning rate, for weights scaled to unit mean square.
+        seed: of the random start of Adam.
+    """
+
+    method: str = "closed_form"
+    parameterization: str = "delta"
+    delta_rank: int = 128
+    cores: int = 1
+    iterations: int = 5
+    num_steps: int = 1000
+    lr: float = 1e-3
+    seed: int = 42
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """Factors and how well they fit.
+
+    Attributes:
+        factors: in fp32, on the device of the weights.
+        relative_error: squared Frobenius error over squared norm, all experts together.
+        expert_errors: [E], the same for each expert; fp32 on the CPU.
+        data_error: like relative_error in the norm of the Gram matrices, or None without them.
+        history: relative squared error in the norm that was minimized (with Gram matrices, slightly damped ones), after
+            each iteration or some of the steps.
+    """
+
+    factors: Factors
+    relative_error: float
+    expert_errors: Tensor
+    data_error: float | None
+    history: list[float]
+
+
+Method = Callable[[Tensor, FitSpec, Metric], tuple[Factors, list[float]]]
+METHODS: dict[str, Method] = {}
+
+
+def method(name: str) -> Callable[[Method], Method]:
+    """Register a fit under the name that `compression.method` selects."""
+
+    def register(function: Method) -> Method:
+        METHODS[name] = function
+        return function
+
+    return register
+
+
+@method("closed_form")
+def _closed_form(weights: Tensor, spec: FitSpec, metric: Metric) -> tuple[Factors, list[float]]:
+    if spec.parameterization == "wrapper":
+        return fit_wrapper(weights, spec.delta_rank, iterations=spec.iterations, metric=metric)
+    return fit_delta(weights, spec.delta_rank, cores=spec.cores, iterations=spec.iterations, metric=metric)
+
+
+@method("adam")
+def _adam(weights: Tensor, spec: FitSpec, metric: Metric) -> tuple[Factors, list[float]]:
+    return fit_adam(
+        weights,
+        spec.delta_rank,
+        parameterization=spec.parameterization,
+        cores=spec.cores,
+        num_steps=spec.num_steps,
+        lr=spec.lr,
+        seed=spec.seed,
+        metric=metric,
+    )
+
+
+@torch.no_grad()
+def fit(weights: Tensor, spec: FitSpec, gram: Tensor | None = None) -> FitResult:
+    """Factorize one projection of all experts of a layer.
+
+    Args:
+        weights: [E, out, in] of any floating type, y = W_e x.
+        spec: see `FitSpec`.
+        gram: [E, in, in], sum of g^2 x x^T over the inputs of each expert (already shrunk, see `shrink_grams`); with
+            it the error of the outputs is minimized rather than that of the weights.
+
+    Raises:
+        UserError: a setting is out of range, a rank above the dimensions, NaN or infinity in the weights.
+        ValueError: the shapes do not belong together.
+    """
+    _check(weights, spec, gram)
+    metric = Metric(None if gram is None else gram.to(weights.device))
+    factors, history = METHODS[spec.method](weights, spec, metric)
+    return _measure(weights, factors, history, gram)
+
+
+def _check(weights: Tensor, spec: FitSpec, gram: Tensor | None) -> None:
+    if weights.dim() != 3 or not weights.is_floating_point():
+        raise ValueError(f"weights must be floating point [E, out, in], not {weights.dtype} {tuple(weights.shape)}")
+    experts, rows, columns = weights.shape
+    if gram is not None and gram.shape != (experts, columns, columns):
+        raise ValueError(f"gram {tuple(gram.shape)} does not belong to weights {tuple(weights.shape)}")
+    if spec.method not in METHODS:
+        raise UserError(f"compression.method={spec.method}: choose one of {', '.join(sorted(METHODS))}")
+    if spec.parameterization not in PARAMETERIZATIONS:
+        raise UserError(f"compression.parameterization={spec.parameterization}: choose delta or wrapper")
+    if spec.cores not in (0, 1):
+        raise UserError(f"compression.cores={spec.cores}: choose 1 (shared core) or 0 (none)")
+    if spec.parameterization == "wrapper" and spec.cores == 0:
+        raise UserError("compression.cores=0 has no core to wrap: choose compression.parameterization=delta")
+    if spec.parameterization == "wrapper" and spec.delta_rank % 2:
+        raise UserError(f"a wrapper has an even delta rank (twice compression.rank), not {spec.delta_rank}")
+    least = 2 if spec.parameterization == "wrapper" else 1
+    if not least <= spec.delta_rank <= min(rows, columns):
+        raise UserError(
+            f"delta rank {spec.delta_rank} does not fit expert weights of {rows} x {columns}: "
+            f"it must be from {least} to {min(rows, columns)}; lower compression.rank"
+        )
+    for name in ("iterations", "num_steps", "lr"):
+        if not getattr(spec, name) > 0:
+            raise UserError(f"compression.{name}={getattr(spec, name)}: it must be positive")
+    if not all(bool(torch.isfinite(expert).all()) for expert in weights):
+        raise UserError("the expert weights hold NaN or infinity: the checkpoint is damaged")
+
+
+def _measure(weights: Tensor, factors: Factors, history: list[float], gram: Tensor | None) -> FitResult:
+    experts, rows, columns = weights.shape
+    errors, norms, data = [], [], torch.zeros(2, dtype=torch.float64)
+    for part in chunks(experts, 4 * rows * columns):
+        original = weights[part].float()
+        difference = original - factors.materialize(part)
+        errors.append(difference.square().sum((1, 2), dtype=torch.float64))
+        norms.append(original.square().sum((1, 2), dtype=torch.float64))
+        if gram is not None:
+            part_gram = gram[part].to(weights.device).float()
+            for index, matrix in enumerate((difference, original)):
+                data[index] += float((matrix @ part_gram * matrix).sum(dtype=torch.float64))
+    error, norm = torch.cat(errors).cpu(), torch.cat(norms).cpu()
+    tiny = torch.finfo(torch.float32).tiny
+    return FitResult(
+        factors=factors,
+        relative_error=float(error.sum() / norm.sum().clamp_min(tiny)),
+        expert_errors=(error / norm.clamp_min(tiny)).float(),
+        data_error=None if gram is None else float(data[0].clamp_min(0) / data[1].clamp_min(tiny)),
+        history=history,
+    )

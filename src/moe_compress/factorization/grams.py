@@ -1,0 +1,109 @@
+"""Gram matrices: which inputs an expert really sees, and the norm that follows from them.
+
+With G_e the sum of g^2 x x^T over the tokens x routed to expert e with weight g, tr(D G_e D^T) is the squared error
+that a change D of the weights makes in the expert's weighted output on those tokens. The same idea whitens the SVD in
+SVD-LLM (arXiv 2403.07378) and D2-MoE (arXiv 2502.17298).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from moe_compress.errors import UserError
+
+_DAMPING = 1e-3  # of the mean diagonal of each Gram matrix
+_CHUNK_BYTES = 512 * 2**20  # size of one temporary over a chunk of experts
+
+
+def shrink_grams(grams: Tensor, shrinkage: float, counts: Tensor | None = None) -> Tensor:
+    """Move each expert's Gram matrix towards the mean of its layer: (1 - shrinkage) G_e + shrinkage * mean.
+
+    Rarely used experts have too few tokens to span the input space. Experts without any token get the mean itself,
+    which is taken over the experts that have tokens.
+
+    Args:
+        grams: [E, in, in].
+        shrinkage: from 0 (as measured) to 1 (the same for all experts).
+        counts: [E] tokens of each expert; without it, an expert has no token if its Gram matrix is zero.
+
+    Returns:
+        [E, in, in] in fp32 (fp64 stays fp64).
+
+    Raises:
+        UserError: shrinkage is not between 0 and 1.
+    """
+    if not 0 <= shrinkage <= 1:
+        raise UserError(f"compression.calibration.shrinkage={shrinkage}: it must be between 0 and 1")
+    grams = grams if grams.dtype == torch.float64 else grams.float()
+    traces = grams.diagonal(dim1=1, dim2=2).sum(1)
+    seen = (traces if counts is None else counts.to(grams.device)) > 0
+    mean = grams[seen].mean(0) if bool(seen.any()) else torch.zeros_like(grams[0])
+    return torch.where(seen[:, None, None], torch.lerp(grams, mean, shrinkage), mean)
+
+
+class Metric:
+    """The norm in which a fit is measured: tr(D G_e D^T) with a Gram matrix per expert, or Frobenius without.
+
+    Gram matrices are symmetrized, scaled to a mean diagonal of 1 over all experts (so that only their relative weight
+    matters) and damped by a small multiple of the identity, raised for matrices that rounding made indefinite.
+
+    Attributes:
+        gram: [E, in, in] fp32, or None.
+        root: [E, in, in] fp32 with root_e root_e^T = gram_e, or None.
+    """
+
+    def __init__(self, gram: Tensor | None = None) -> None:
+        self.gram: Tensor | None = None
+        self.root: Tensor | None = None
+        if gram is None:
+            return
+        if not bool(torch.isfinite(gram).all()):
+            raise UserError("the Gram matrices of the calibration hold NaN or infinity: check the model's activations")
+        diagonal = gram.diagonal(dim1=1, dim2=2).double().mean(1)
+        if float(diagonal.mean()) <= 0:
+            raise UserError("the Gram matrices of the calibration are all zero: calibrate on more text")
+        self.gram = torch.empty(gram.shape, dtype=torch.float32, device=gram.device)
+        self.root = torch.empty_like(self.gram)
+        for expert in range(gram.shape[0]):
+            self.gram[expert], self.root[expert] = _damped(gram[expert], float(diagonal.mean()))
+
+    def whiten(self, matrix: Tensor, experts: slice) -> Tensor:
+        """matrix [e, n, in] of the given experts times root: its Frobenius norm is the norm of the metric."""
+        return matrix if self.root is None else matrix @ self.root[experts]
+
+    def unwhiten(self, matrix: Tensor, experts: slice) -> Tensor:
+        """matrix [e, n, in] of the given experts times root^-1."""
+        if self.root is None:
+            return matrix
+        return torch.linalg.solve_triangular(self.root[experts], matrix, upper=False, left=False)
+
+    def apply(self, matrix: Tensor, experts: slice) -> Tensor:
+        """matrix [e, n, in] of the given experts times gram."""
+        return matrix if self.gram is None else matrix @ self.gram[experts]
+
+    def squared_norms(self, matrix: Tensor, experts: slice) -> Tensor:
+        """Squared norm of matrix [e, n, in] for each of the given experts, [e] in fp64."""
+        return self.whiten(matrix, experts).square().sum((1, 2), dtype=torch.float64)
+
+
+def _damped(gram: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """One Gram matrix scaled and damped until it has a Cholesky factor, and that factor; both fp64."""
+    gram = (gram.double() + gram.double().mT) / (2 * scale)
+    mean = float(gram.diagonal().mean())
+    damping = _DAMPING * max(mean, _DAMPING)
+    while True:
+        damped = gram + damping * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+        root, failed = torch.linalg.cholesky_ex(damped)
+        if not bool(failed):
+            return damped, root
+        damping *= 10
+
+
+def chunks(experts: int, bytes_per_expert: int) -> Iterator[slice]:
+    """Slices over the experts such that one fp32 temporary of a slice stays near half a gigabyte."""
+    size = max(1, _CHUNK_BYTES // max(1, bytes_per_expert))
+    for start in range(0, experts, size):
+        yield slice(start, min(start + size, experts))
