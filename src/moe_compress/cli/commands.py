@@ -1,0 +1,236 @@
+"""What each command does with its arguments: the stages of a run, and the commands beside them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from moe_compress import settings
+from moe_compress.cli import pages
+from moe_compress.config import Config
+from moe_compress.errors import UserError
+from moe_compress.freeze import CONFIG_NAME, rank
+from moe_compress.run import Run, open_run, run_path
+from moe_compress.stages import STAGES
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: its action, and what its help shows.
+
+    Attributes:
+        summary: one line.
+        action: called with the parsed arguments.
+        flags: names of its flags, of those in `_FLAGS`.
+        reads: whether a setting is listed in its help.
+        usage: arguments in the usage line.
+    """
+
+    summary: str
+    action: Callable[[argparse.Namespace], None]
+    flags: tuple[str, ...] = ("--config",)
+    reads: Callable[[str], bool] = field(default=lambda key: False)
+    usage: str = "[key=value ...]"
+
+
+_FLAGS: dict[str, dict[str, Any]] = {
+    "--config": {
+        "metavar": "FILE",
+        "type": Path,
+        "help": "YAML file of settings, such as another run's config.yaml; key=value arguments win over it",
+    },
+    "--once": {"action": "store_true", "help": "evaluate the checkpoints that are there and end"},
+    "--dense": {
+        "metavar": "OUT",
+        "type": Path,
+        "help": "directory to write a checkpoint of the original architecture to (it saves no memory)",
+    },
+    "--output": {"metavar": "DIR", "type": Path, "help": "directory of the trained model (default: reference-model)"},
+    "--yaml": {"action": "store_true", "help": "print the settings as they would be frozen in config.yaml"},
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake like every other mistake of the user."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see: {self.prog} --help")
+
+
+def dispatch(arguments: Sequence[str]) -> None:
+    """Run the command that the arguments name, or print help.
+
+    Raises:
+        UserError: no such command, or whatever the command finds wrong.
+    """
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(pages.overview({name: command.summary for name, command in COMMANDS.items()}))
+        return
+    if arguments[0] == "--version":
+        from moe_compress import __version__
+
+        print(f"moe-compress {__version__}")
+        return
+    name, rest = arguments[0], list(arguments[1:])
+    if name not in COMMANDS:
+        raise UserError(
+            f"unknown command '{name}'{settings.suggestion(name, tuple(COMMANDS))}; see moe-compress --help"
+        )
+    command = COMMANDS[name]
+    if "-h" in rest or "--help" in rest:
+        given = [argument for argument in rest if "=" in argument and not argument.startswith("-")]
+        page = pages.Page(name, command.usage, command.summary)
+        flags = [(flag, _FLAGS[flag].get("metavar"), _FLAGS[flag]["help"]) for flag in command.flags]
+        print(pages.command(page, flags, settings.compose(given), command.reads))
+        return
+    parser = _Parser(prog=f"moe-compress {name}", add_help=False, allow_abbrev=False)
+    parser.add_argument("settings", nargs="*")
+    for flag in command.flags:
+        parser.add_argument(flag, **_FLAGS[flag])
+    command.action(parser.parse_intermixed_args(rest))
+
+
+def _stage(name: str) -> Callable[[argparse.Namespace], None]:
+    def action(options: argparse.Namespace) -> None:
+        try:
+            run = open_run(name, options.settings, file=options.config)
+        except UserError:
+            if rank() != 0:  # rank 0 says it
+                raise SystemExit(2) from None
+            raise
+        _use_gpus(run.config)
+        extra = {"once": True} if getattr(options, "once", False) else {}
+        try:
+            STAGES[name].load()(run, **extra)
+        except BaseException:
+            run.discard_if_untouched()
+            raise
+
+    return action
+
+
+def _plan(options: argparse.Namespace) -> None:
+    config = _composed(options)
+    from moe_compress.compression import plan
+
+    plan(config)
+
+
+def _bench(options: argparse.Namespace) -> None:
+    config = _composed(options)
+    _use_gpus(config)
+    from moe_compress.evaluation import bench
+
+    bench(config)
+
+
+def _export(options: argparse.Namespace) -> None:
+    if options.dense is None:
+        raise UserError("export needs --dense OUT, the directory to write; see: moe-compress export --help")
+    if options.dense.exists():
+        raise UserError(f"{options.dense} exists already; choose another directory for --dense")
+    chosen, assignments = settings.parse_overrides(options.settings)
+    keys = {assignment.key for assignment in assignments} | set(chosen)
+    config = settings.compose(options.settings, file=options.config)
+    if config.run is not None:
+        source = Run.open(config.run).student()
+    elif keys & {"model", "model.name"}:
+        source = Path(config.model.name)
+        if not source.is_dir():
+            raise UserError(f"model={source} is not a directory; give the directory of a compressed checkpoint")
+    else:
+        raise UserError("export needs run=RUN (its best checkpoint) or model=DIR (a compressed checkpoint)")
+    _use_gpus(config)
+    from moe_compress.modeling import export_dense
+
+    export_dense(source, options.dense)
+    print(f"{options.dense}: dense checkpoint of {source} (the original architecture: it saves no memory)")
+
+
+def _reference(options: argparse.Namespace) -> None:
+    if options.settings != ["train"]:
+        raise UserError("the one thing to do is: moe-compress reference train [--output DIR]")
+    output = options.output or Path("reference-model")
+    if output.exists():
+        raise UserError(f"{output} exists already; choose another directory with --output")
+    from moe_compress.reference.recipe import train_reference
+
+    print(f"the reference MoE is in {train_reference(output)}")
+
+
+def _settings(options: argparse.Namespace) -> None:
+    prefixes = [argument for argument in options.settings if "=" not in argument and not argument.startswith("~")]
+    options.settings = [argument for argument in options.settings if argument not in prefixes]
+    config = _composed(options)
+    if options.yaml:
+        print(settings.to_yaml(config), end="")
+        return
+    for prefix in prefixes:
+        settings.lookup(prefix)
+
+    def wanted(key: str) -> bool:
+        return not prefixes or any(key == prefix or key.startswith((f"{prefix}.", f"{prefix}[")) for prefix in prefixes)
+
+    if not prefixes:
+        print(pages.preset_list() + "\n")
+    print(pages.setting_list(config, wanted))
+
+
+def _composed(options: argparse.Namespace) -> Config:
+    """The settings of a command that writes no run; with run=RUN, those of the run, changed at will."""
+    fresh = settings.compose(options.settings, file=options.config)
+    if fresh.run is None or not (run_path(fresh) / CONFIG_NAME).is_file():
+        return fresh
+    base = settings.read(run_path(fresh) / CONFIG_NAME)
+    return settings.compose(options.settings, base=base, file=options.config)
+
+
+def _use_gpus(config: Config) -> None:
+    """Show this process the GPUs of `gpu_ids` alone; must come before torch is imported."""
+    if config.gpu_ids:
+        os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, config.gpu_ids))
+
+
+COMMANDS: dict[str, Command] = {
+    "plan": Command(
+        "show ranks, bytes and parameters of a compression without doing it", _plan, reads=STAGES["compress"].reads_key
+    ),
+    **{
+        name: Command(
+            stage.summary,
+            _stage(name),
+            flags=("--config", "--once") if name == "watch" else ("--config",),
+            reads=stage.reads_key,
+            usage="run=RUN [key=value ...]",
+        )
+        for name, stage in STAGES.items()
+    },
+    "export": Command(
+        "write a compressed checkpoint as a dense one of the original architecture",
+        _export,
+        flags=("--dense", "--config"),
+        reads=lambda key: key in ("run", "model.name"),
+        usage="run=RUN | model=DIR --dense OUT",
+    ),
+    "bench": Command(
+        "time one MoE layer and generation, original against compressed",
+        _bench,
+        reads=lambda key: (
+            key in ("run", "gpu_ids", "seed") or key.startswith(("model.", "compression.", "evaluation."))
+        ),
+    ),
+    "reference": Command(
+        "train the reference MoE that ships with the package", _reference, flags=("--output",), usage="train"
+    ),
+    "settings": Command(
+        "list settings with their values and documentation",
+        _settings,
+        flags=("--yaml", "--config"),
+        usage="[PREFIX] [key=value ...]",
+    ),
+}
