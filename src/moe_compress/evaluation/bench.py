@@ -39,7 +39,7 @@ def bench(config: Config) -> dict[str, Any]:
     """Time `model.name` against its compressed form, print the tables, and return their figures.
 
     An original model is compared with random factors at the ranks of the settings; a compressed checkpoint with the
-    original of its shapes, and as a whole with `distillation.teacher.model_path` if that is given.
+    original of its shapes, and as a whole with the teacher that the settings (or its run) name.
 
     Raises:
         UserError: no such model, a dense model, or a budget that cannot be reached.
@@ -230,7 +230,7 @@ def _whole_models(config: Config, *, compressed: bool, device: torch.device) -> 
     if not is_local(config.model.name):
         return None
     if compressed:
-        teacher = config.distillation.teacher.model_path
+        teacher = config.distillation.teacher.model_path or _teacher_of(Path(config.model.name))
         return (load(teacher), {CORE: fold_in_memory(load(config.model.name))}) if teacher else None
     original, student = load(config.model.name), load(config.model.name)
     experts = find_experts(student)
@@ -242,6 +242,17 @@ def _whole_models(config: Config, *, compressed: bool, device: torch.device) -> 
         for facts in experts
     }
     return original, {CORE: compress_in_memory(student, results)}
+
+
+def _teacher_of(checkpoint: Path) -> str | None:
+    """The original model of a checkpoint that lies in its run directory."""
+    settings_file = checkpoint.resolve().parents[1] / "config.yaml"
+    if not settings_file.is_file():
+        return None
+    from moe_compress.settings import read
+
+    config = read(settings_file)
+    return config.distillation.teacher.model_path or config.model.name
 
 
 def _random_factors(shape: tuple[int, int, int], layout: Mapping[str, int]) -> DeltaFactors:

@@ -1,0 +1,124 @@
+"""The stage `evaluate` on a real, tiny run: everything once, failures recorded, the best linked, extras written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from moe_compress.errors import UserError
+from moe_compress.evaluation import evaluate
+from moe_compress.evaluation.evaluate import evaluate_model, evaluate_run
+from moe_compress.evaluation.extras import measure_speed
+from moe_compress.evaluation.results import read_results
+from moe_compress.modeling import count_parameters, load_model
+from moe_compress.run import Run
+
+from .conftest import LENGTH
+
+
+@pytest.fixture
+def fast_speed(monkeypatch):
+    """The timing itself is tested elsewhere."""
+    monkeypatch.setattr(evaluate, "measure_speed", lambda run, paths: None)
+
+
+def keys(run: Run) -> list[tuple[str, int]]:
+    return [(record["model"], record["step"]) for record in read_results(run.evals_dir)]
+
+
+def test_a_run_is_measured_once_and_completely(make_run, fast_speed, monkeypatch):
+    run = make_run(0, 4)
+    baseline = Run.create(run.path / "baseline_svd", run.config)
+    for step in (0, 2, 4):  # of the baseline only the first and the last count
+        baseline.checkpoint(step).parent.mkdir(exist_ok=True)
+        baseline.checkpoint(step).symlink_to(run.checkpoint(0).resolve(), target_is_directory=True)
+    run = Run.open(run.path)
+    evaluate_run(run)
+    assert keys(run) == [("teacher", 0), ("student", 0), ("student", 4), ("svd", 0), ("svd", 4)]
+    teacher, student, *_ = read_results(run.evals_dir)
+    assert teacher["kl"] is None and student["kl"] > 0 and 0 < student["top1_agreement"] <= 1
+    assert student["tokens"] == 6 * (LENGTH - 1) and len(student["sequence_losses"]) == 6
+    sizes = count_parameters(load_model(student_path := run.path / student["path"]))
+    assert (student["bytes"], student["active_parameters"]) == (sizes.total_bytes, sizes.active)
+    assert student["expert_bytes"] < teacher["expert_bytes"]
+    assert set(student["routing"]) == {f"model.layers.{layer}.mlp.experts" for layer in (0, 1)}
+    assert student_path == run.checkpoint(0)  # kept relative to the run
+    assert (run.path / "best").is_symlink() and run.finished("evaluate")
+
+    samples = json.loads((run.evals_dir / "samples.json").read_text())["samples"]
+    assert list(dict.fromkeys(sample["model"] for sample in samples)) == [
+        "teacher", "zero-shot", "distilled", "SVD, distilled",
+    ]  # fmt: skip
+    assert {sample["decoding"] for sample in samples} == {"greedy", "temperature 0.3"}
+    assert any(sample["prompt"] == run.config.evaluation.prompt for sample in samples)
+
+    monkeypatch.setattr(evaluate, "load_model", None)  # nothing may be loaded again
+    evaluate_run(run)
+    assert len(keys(run)) == 5
+
+
+def test_what_comes_later_is_measured_then(make_run, fast_speed):
+    run = make_run(0)
+    evaluate_run(run)
+    run.checkpoint(3).symlink_to(run.checkpoint(0).resolve(), target_is_directory=True)
+    evaluate_run(run)
+    assert keys(run) == [("teacher", 0), ("student", 0), ("student", 3)]
+
+
+def test_a_broken_checkpoint_is_recorded_and_tried_again(make_run, fast_speed, student_dir):
+    run = make_run(0)
+    shutil.copytree(student_dir, run.checkpoint(2))
+    weights = run.checkpoint(2) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    run.checkpoint(4).symlink_to(student_dir, target_is_directory=True)
+    with pytest.raises(UserError, match="student at step 2 could not be measured: .*checkpoint-2"):
+        evaluate_run(run)
+    assert keys(run) == [("teacher", 0), ("student", 0), ("student", 2), ("student", 4)]
+    assert "error" in read_results(run.evals_dir)[2]
+    assert (run.evals_dir / "samples.json").exists()
+    shutil.copyfile(student_dir / "model.safetensors", weights)
+    evaluate_run(run)
+    assert keys(run)[4:] == [("student", 2)]
+    assert "error" not in read_results(run.evals_dir)[4]
+
+
+def test_what_a_user_can_mend_is_said_before_anything_is_measured(make_run, fast_speed):
+    run = make_run(0)
+    run.config.evaluation.perplexity.name = "/nowhere.txt"
+    with pytest.raises(UserError, match="/nowhere.txt"):
+        evaluate_run(run)
+    run.config.evaluation.devices = ["cuda:99"]
+    with pytest.raises(UserError, match="cuda:99"):
+        evaluate_run(run)
+    assert keys(run) == []
+
+
+def test_a_run_without_checkpoints(tmp_path, config):
+    with pytest.raises(UserError, match="no checkpoint to evaluate"):
+        evaluate_run(Run.create(tmp_path / "run", config))
+
+
+def test_the_same_model_measures_the_same(config, student_dir, teacher_dir):
+    teacher = load_model(teacher_dir)
+    first, second = (evaluate_model(student_dir, "student", 0, config, teacher) for _ in range(2))
+    timing = {"seconds", "time"}
+    assert {k: v for k, v in first.items() if k not in timing} == {k: v for k, v in second.items() if k not in timing}
+
+
+def test_speed_is_measured_side_by_side(make_run, monkeypatch):
+    from moe_compress.evaluation import extras, timing
+
+    monkeypatch.setattr(extras, "model_speed", lambda *args, **kwargs: {"rows": []})  # see test_speed
+    monkeypatch.setattr(timing, "_MOST_CALLS", 1)
+    run = make_run(0)
+    measured = {("teacher", 0): evaluate.teacher_path(run.config), ("student", 0): run.checkpoint(0)}
+    measure_speed(run, measured)
+    speed = json.loads((run.evals_dir / "speed.json").read_text())
+    assert speed["svd_values"] == "random" and speed["machine"]["threads"] >= 1
+    variants = {(row["tokens"], row["variant"]) for row in speed["layer"]["rows"]}
+    assert {(tokens, name) for tokens in (1, 16, 512) for name in ("shared core", "per-expert SVD")} < variants
+    assert (1, "original, batched_mm") in variants and (512, "original, batched_mm") not in variants
+    measure_speed(run, measured | {("svd", 4): run.checkpoint(0)})
+    assert json.loads((run.evals_dir / "speed.json").read_text())["svd_values"] == "baseline"

@@ -1,0 +1,156 @@
+"""Timing machinery: who is called when, what is compared with what; never how fast anything is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import OlmoeConfig
+
+from moe_compress.config import Config
+from moe_compress.errors import UserError
+from moe_compress.evaluation import bench as bench_module
+from moe_compress.evaluation import timing
+from moe_compress.evaluation.bench import bench, bench_layers
+from moe_compress.evaluation.speed import (
+    CORE,
+    SVD,
+    layer_inputs,
+    layer_speed,
+    model_speed,
+    original_forwards,
+    random_layer,
+    same_bytes_layout,
+)
+from moe_compress.evaluation.timing import time_interleaved
+from moe_compress.modeling import find_experts
+
+from .conftest import make_model, mean_core
+
+LAYOUT = {name: {"delta_rank": 12, "cores": 1} for name in ("gate_up_proj", "down_proj")}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(timing, "_MOST_CALLS", 1)
+
+
+def test_rounds_are_interleaved_and_rotate():
+    calls: list[tuple[str, int]] = []
+    names = {name: (lambda number, name=name: calls.append((name, number))) for name in "abc"}
+    timings = time_interleaved(names, CPU, seconds=0, least_rounds=4)
+    warm, rounds = calls[:6], calls[6:]
+    assert {name for name, _ in warm} == set("abc")
+    assert ["".join(name for name, _ in rounds[i : i + 3]) for i in range(0, 12, 3)] == ["abc", "bca", "cab", "abc"]
+    assert [number for _, number in rounds] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+    assert all(entry.samples == 4 and entry.low <= entry.median <= entry.high for entry in timings.values())
+
+
+def test_the_median_is_of_the_samples(monkeypatch):
+    samples = iter([0.0, 1.0] + [5.0, 1.0, 2.0, 3.0, 9.0])
+    monkeypatch.setattr(timing, "_sample", lambda *_: next(samples))
+    (result,) = time_interleaved({"a": lambda _: None}, CPU, seconds=0, least_rounds=5).values()
+    assert (result.low, result.median, result.high) == (2.0, 3.0, 5.0)
+
+
+def test_every_original_implementation_computes_the_layer():
+    experts = find_experts(make_model())[0].module
+    inputs = layer_inputs(5, 32, 8, 2, dtype=torch.float32, device=CPU, seed=3)
+    with torch.no_grad():
+        expected = experts(inputs.hidden, inputs.index, inputs.weights)
+        outputs = {
+            name: forward(inputs.hidden, inputs.index, inputs.weights)
+            for name, forward in original_forwards(experts, 5, 2).items()
+        }
+    assert list(outputs) == ["original, eager", "original, grouped_mm", "original, batched_mm"]
+    for output in outputs.values():
+        torch.testing.assert_close(output, expected)
+    assert "original, batched_mm" not in original_forwards(experts, 17, 2)
+
+
+def test_inputs_are_routed_like_a_router_does():
+    inputs = layer_inputs(50, 32, 8, 3, dtype=torch.float32, device=CPU, seed=3)
+    assert inputs.index.shape == inputs.weights.shape == (50, 3)
+    assert all(len(set(row.tolist())) == 3 for row in inputs.index)
+    torch.testing.assert_close(inputs.weights.sum(-1), torch.ones(50))
+    assert set(inputs.index.flatten().tolist()) == set(range(8))
+
+
+def test_svd_gets_the_bytes_of_the_core_and_no_more():
+    original = find_experts(make_model())[0].module
+    core = random_layer(original, LAYOUT)
+    layout = same_bytes_layout(core)
+    svd = random_layer(original, layout)
+    size = [sum(parameter.nbytes for parameter in layer.parameters()) for layer in (core, svd)]
+    assert size[1] <= size[0]
+    one_more = {name: {"delta_rank": own["delta_rank"] + 8, "cores": 0} for name, own in layout.items()}
+    assert sum(p.nbytes for p in random_layer(original, one_more).parameters()) > size[0]
+
+
+def test_layer_speed_compares_with_the_fastest_original():
+    original = find_experts(make_model())[0].module
+    core = random_layer(original, LAYOUT)
+    rows = layer_speed(original, {CORE: core}, top_k=2, tokens=(1, 40), seconds=0)
+    for tokens in (1, 40):
+        own = {row["variant"]: row for row in rows if row["tokens"] == tokens}
+        best = min(row["ms"] for name, row in own.items() if name != CORE)
+        assert max(row["speedup"] for name, row in own.items() if name != CORE) == 1
+        assert own[CORE]["speedup"] == pytest.approx(best / own[CORE]["ms"])
+
+
+def test_model_speed_leaves_the_model_as_it_was():
+    original = make_model()
+    before = original.config._experts_implementation
+    speed = model_speed(original, {CORE: mean_core(make_model())}, prefill_tokens=40, decode_tokens=3, seconds=0)
+    assert original.config._experts_implementation == before
+    rows = {row["variant"]: row for row in speed["rows"]}
+    assert list(rows) == ["original, eager", "original, grouped_mm", "original, batched_mm", CORE]
+    assert "prefill" not in rows["original, batched_mm"]
+    assert rows[CORE]["decode_speedup"] == pytest.approx(
+        rows[CORE]["decode"] / max(row["decode"] for name, row in rows.items() if name != CORE)
+    )
+
+
+def test_a_layer_is_timed_from_its_configuration_alone():
+    model_config = OlmoeConfig(
+        vocab_size=11, hidden_size=64, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
+        num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    config = Config()
+    config.compression.rank, config.compression.target_ratio = 4, None
+    (layer,) = bench_layers(model_config, None, config, torch.float32, CPU, tokens=(2,), seconds=0)
+    assert (layer["count"], layer["experts"], layer["top_k"]) == (3, 4, 2)
+    assert layer["layouts"][CORE]["down_proj"] == {"delta_rank": 8, "cores": 1}
+    kept = sum(rows * columns + 4 * 8 * (rows + columns) for rows, columns in ((64, 64), (64, 32)))
+    assert layer["kept"] == pytest.approx(kept / (4 * (64 * 64 + 64 * 32)))
+    assert {row["variant"] for row in layer["rows"]} > {CORE, SVD, "original, eager"}
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_bench_prints_and_returns_tables(config, student_dir, capsys, monkeypatch, compressed):
+    for name in ("layer_speed", "model_speed"):
+        function = getattr(bench_module, name)
+        monkeypatch.setattr(
+            bench_module, name, lambda *args, function=function, **kwargs: function(*args, **kwargs | {"seconds": 0})
+        )
+    config.compression.rank = 4
+    if compressed:
+        config.distillation.teacher.model_path, config.model.name = config.model.name, str(student_dir)
+    found = bench(config)
+    assert found["layers"][0]["layouts"][CORE]["down_proj"]["delta_rank"] == 8
+    printed = capsys.readouterr().out
+    assert "per-expert SVD" in printed and "Whole model" in printed and f"{torch.get_num_threads()} threads" in printed
+    assert {row["variant"] for row in found["model"]["rows"]} > {CORE, "original, grouped_mm"}
+
+
+def test_bench_of_a_compressed_model_finds_the_teacher_in_its_run(make_run):
+    run = make_run(0)
+    assert bench_module._teacher_of(run.path / "checkpoints" / "checkpoint-0") is None  # a link to elsewhere
+    (run.path / "checkpoints" / "checkpoint-9").mkdir()
+    assert bench_module._teacher_of(run.path / "checkpoints" / "checkpoint-9") == run.config.model.name
+
+
+def test_bench_refusals(config, tmp_path):
+    config.model.name = str(tmp_path)
+    with pytest.raises(UserError, match="no configuration"):
+        bench(config)
