@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moe_compress.compression.pipeline import compress
-    from moe_compress.compression.plan import Plan, plan
+    from moe_compress.compression.planning import Plan, plan
 
 # Lazy, because reading a checkpoint's headers needs none of what fitting needs.
-_HOME = {"compress": "pipeline", "Plan": "plan", "plan": "plan"}
+_HOME = {"compress": "pipeline", "Plan": "planning", "plan": "planning"}
 
 __all__ = ["Plan", "compress", "plan"]
 

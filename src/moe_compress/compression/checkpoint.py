@@ -137,7 +137,7 @@ def read_tensor(entry: TensorEntry) -> torch.Tensor:
     """Read one tensor from disk to main memory."""
     dtype = entry.torch_dtype
     buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
-    view = memoryview(buffer.numpy())
+    view = buffer.numpy().data
     with entry.file.open("rb", buffering=0) as stream:
         stream.seek(entry.start)
         done = 0

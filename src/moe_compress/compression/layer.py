@@ -11,9 +11,8 @@ from torch import Tensor
 from moe_compress.compression.calibrate import LayerGrams
 from moe_compress.errors import UserError
 from moe_compress.factorization import (
-    DeltaFactors,
+    Factors,
     FitSpec,
-    WrapperFactors,
     align_neurons,
     fit,
     permute_columns,
@@ -21,8 +20,6 @@ from moe_compress.factorization import (
     shrink_grams,
 )
 from moe_compress.modeling import ExpertsModule, factor_tensors
-
-Factors = DeltaFactors | WrapperFactors
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class Feed:
             return {self.targets[0]: read(self.sources[0][1])}
         converter = deepcopy(self.converter)
         for pattern, name in self.sources:
-            converter.add_tensor(self.targets[0], name, pattern, lambda name=name: read(name))  # type: ignore[misc]
+            converter.add_tensor(self.targets[0], name, pattern, partial(read, name))  # type: ignore[arg-type]
         made = converter.convert(self.targets[0], model=model, config=model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
@@ -100,7 +101,7 @@ def meta_model(config: PretrainedConfig, *, trust_remote_code: bool = False) -> 
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 deepcopy(config), trust_remote_code=trust_remote_code
             )
-    except (ValueError, ImportError, AttributeError) as error:
+    except Exception as error:  # whatever the constructor of a model raises, remote code included
         raise UserError(
             f"model type '{config.model_type}' cannot be built as a causal language model: {_first_line(error)}"
         ) from error

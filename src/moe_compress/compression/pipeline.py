@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -14,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from moe_compress.compression.calibrate import Calibration
 from moe_compress.compression.layer import LayerSettings, fit_layer, layer_input
-from moe_compress.compression.plan import Plan, check_disk, check_plan, make_plan
 from moe_compress.compression.plan_table import print_plan
+from moe_compress.compression.planning import Plan, check_disk, check_plan, make_plan
 from moe_compress.compression.ranks import stored_dtype
 from moe_compress.compression.source import SourceModel, open_model
 from moe_compress.compression.writer import CheckpointWriter, LayerRecord
@@ -23,9 +24,7 @@ from moe_compress.config import Config
 from moe_compress.errors import UserError
 from moe_compress.factorization import FitSpec
 from moe_compress.files import directory_in_progress, fingerprint, write_json
-
-if TYPE_CHECKING:
-    from moe_compress.run import Run
+from moe_compress.run import Run, rank
 
 STAGE = "compress"
 _SHARD_FORMAT = 1  # part of what a shard was made by: raise it when the same settings give other tensors
@@ -40,6 +39,8 @@ def compress(run: Run) -> None:
     Raises:
         UserError: the model cannot be compressed, or not with these settings; nothing is written then.
     """
+    if rank() != 0:  # one process does all; the others of torchrun would write the same files
+        return
     console = Console()
     if run.finished(STAGE):
         console.print(f"compress: finished already, see {run.checkpoint(0)}", highlight=False, soft_wrap=True)
@@ -52,7 +53,14 @@ def compress(run: Run) -> None:
         if not target.exists():
             check_disk(plan, target, _size_below(target.parent) + _size_below(_calibration_dir(run)))
         print_plan(plan, console)
-        facts = compress_model(source, plan, run.config, target, _calibration_dir(run), console)
+        try:
+            facts = compress_model(source, plan, run.config, target, _calibration_dir(run), console)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(
+                f"the disk of {run.path} is full; free some and run the same command again, which continues"
+            ) from error
         write_json(run.path / "compression.json", facts)
         run.record(STAGE, source=str(source.path), source_fingerprint=source.checkpoint.fingerprint, **facts["totals"])
         shutil.rmtree(_calibration_dir(run), ignore_errors=True)

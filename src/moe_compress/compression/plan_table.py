@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from itertools import groupby
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from moe_compress.compression.plan import LayerPlan, Plan
+from moe_compress.compression.planning import LayerPlan, Plan
 
 
 def _bytes(count: float) -> str:
@@ -32,9 +33,12 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     console.print(f"[bold]{plan.architecture}[/bold] from {plan.path}", highlight=False)
     console.print(_layer_table(plan))
     console.print(_size_table(plan))
+    projections = [projection for layer in plan.layers for projection in layer.projections]
+    dtypes = " and ".join(sorted({projection.dtype for projection in projections}))
+    cores = " or ".join(sorted({"a shared core" if projection.cores else "no core" for projection in projections}))
     console.print(
-        f"Projections of the experts keep {plan.ratio:.2%} of their bytes, as {plan.parameterization}, fitted "
-        f"{'on calibration data' if plan.calibrated else 'on the weights alone'}.",
+        f"The experts' projections keep {plan.ratio:.2%} of their bytes: {cores} and low-rank "
+        f"factors ({plan.parameterization}, {dtypes}), fitted {'on calibration data' if plan.calibrated else 'on the weights'}.",
         highlight=False,
     )
     console.print(
@@ -50,27 +54,27 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
 
 
 def _layer_table(plan: Plan) -> Table:
-    table = Table(title=f"{len(plan.layers)} MoE layers")
-    for title in ("layers", "top-k / experts", "projection", "out x in", "delta rank", "cores", "type"):
-        table.add_column(title)
-    for title in ("before", "after", "kept"):
+    """One row for each projection of each run of equal layers."""
+    table = Table(title=f"{len(plan.layers)} MoE layers: {_names(plan)}", title_justify="left", box=SIMPLE_HEAD)
+    for title in ("layers", "top-k", "projection"):
+        table.add_column(title, no_wrap=True)
+    for title in ("out x in", "delta rank", "before", "after", "kept"):
         table.add_column(title, justify="right")
 
-    def kind(layer: LayerPlan) -> tuple[object, ...]:
-        return layer.top_k, tuple(layer.projections)
+    def kind(item: tuple[int, LayerPlan]) -> tuple[object, ...]:
+        return item[1].top_k, tuple(item[1].projections)
 
-    for _, group in groupby(plan.layers, key=kind):
-        layers = list(group)
-        names = layers[0].name if len(layers) == 1 else f"{layers[0].name}\n... {layers[-1].name} ({len(layers)})"
-        for number, projection in enumerate(layers[0].projections):
+    for _, group in groupby(enumerate(plan.layers), key=kind):
+        numbers, layers = zip(*group, strict=True)
+        span = f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
+        for position, projection in enumerate(layers[0].projections):
+            first = position == 0
             table.add_row(
-                names if number == 0 else "",
-                f"{layers[0].top_k} / {projection.experts}",
+                span if first else "",
+                f"{layers[0].top_k} of {projection.experts}" if first else "",
                 projection.name,
                 f"{projection.rows} x {projection.columns}",
                 str(projection.delta_rank),
-                str(projection.cores),
-                projection.dtype,
                 _bytes(projection.bytes_before * len(layers)),
                 _bytes(projection.bytes_after * len(layers)),
                 f"{projection.bytes_after / projection.bytes_before:.1%}",
@@ -78,8 +82,13 @@ def _layer_table(plan: Plan) -> Table:
     return table
 
 
+def _names(plan: Plan) -> str:
+    first, last = plan.layers[0].name, plan.layers[-1].name
+    return first if len(plan.layers) == 1 else f"{first} ... {last}"
+
+
 def _size_table(plan: Plan) -> Table:
-    table = Table(title="Whole model")
+    table = Table(title="Whole model", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("")
     for title in ("before", "after", "kept"):
         table.add_column(title, justify="right")

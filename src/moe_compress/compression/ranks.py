@@ -22,11 +22,8 @@ def choose_ranks(layers: list[MoeLayer], config: Config) -> dict[tuple[str, str]
         if settings.rank is None:
             raise UserError("set compression.rank, compression.target_ratio or compression.target_bytes")
         return {(layer.name, projection): 2 * settings.rank for layer, projection in keys}
-    widths = {stored_dtype(layer, projection, config).itemsize for layer, projection in keys}
-    if len(widths) > 1:
-        raise UserError(
-            "the experts of this checkpoint are stored in types of different width; set compression.dtype to choose one"
-        )
+    width = _only({stored_dtype(layer, projection, config).itemsize for layer, projection in keys})
+    original_width = _only({layer.dtypes[projection].itemsize for layer, projection in keys})
     budget = settings.target_bytes
     if budget is not None:
         budget -= sum(
@@ -40,7 +37,8 @@ def choose_ranks(layers: list[MoeLayer], config: Config) -> dict[tuple[str, str]
         target_bytes=budget,
         ratio=settings.target_ratio,
         cores=settings.cores,
-        bytes_per_value=widths.pop(),
+        bytes_per_value=width,
+        original_bytes_per_value=original_width,
         rank_multiple=settings.rank_multiple,
         parameterization=settings.parameterization,
     )
@@ -55,3 +53,12 @@ def stored_dtype(layer: MoeLayer, parameter: str, config: Config) -> torch.dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise UserError(f"compression.dtype={config.compression.dtype} is not a floating type; use auto or bfloat16")
     return dtype
+
+
+def _only(widths: set[int]) -> int:
+    if len(widths) > 1:
+        raise UserError(
+            "the experts of this checkpoint are stored in types of different width, so that a budget of bytes is not "
+            "supported; set compression.rank instead, or convert the checkpoint to bfloat16"
+        )
+    return widths.pop()

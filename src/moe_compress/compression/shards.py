@@ -37,7 +37,7 @@ def tensor_source(tensor: torch.Tensor) -> Source:
     flat = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
 
     def chunks() -> Iterator[memoryview]:
-        view = memoryview(flat.numpy())
+        view = flat.numpy().data
         for start in range(0, len(view), COPY_BYTES):
             yield view[start : start + COPY_BYTES]
 

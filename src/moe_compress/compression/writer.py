@@ -17,7 +17,7 @@ import torch
 
 from moe_compress.compression.checkpoint import DTYPES, INDEX_FILE, read_header
 from moe_compress.compression.layer import LayerResult
-from moe_compress.compression.plan import Plan
+from moe_compress.compression.planning import Plan
 from moe_compress.compression.shards import disk_source, split_by_size, tensor_source, write_shard
 from moe_compress.compression.source import SourceModel
 from moe_compress.errors import UserError
@@ -108,9 +108,9 @@ class CheckpointWriter:
         for file in self.directory.glob("model-*.safetensors"):  # of an attempt with other settings
             if file not in shards:
                 file.unlink()
-        for name in self.source.side_files():
-            (self.directory / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self.source.path / name, self.directory / name)
+        for side_file in self.source.side_files():
+            (self.directory / side_file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.source.path / side_file, self.directory / side_file)
         metadata = {"total_parameters": parameters, "total_size": size}
         write_json(self.directory / INDEX_FILE, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
         write_json(self.directory / "config.json", self._config(plan))

@@ -16,7 +16,7 @@ from moe_compress.compression.ranks import choose_ranks, stored_dtype
 from moe_compress.compression.source import SourceModel, open_model
 from moe_compress.config import Config
 from moe_compress.errors import UserError
-from moe_compress.factorization import projection_bytes
+from moe_compress.factorization import check_rank, projection_bytes
 from moe_compress.modeling import experts_per_token
 
 _LIBRARY_BYTES = 600 << 20  # interpreter, PyTorch and Transformers
@@ -206,22 +206,15 @@ def check_plan(plan: Plan) -> None:
     """
     for layer in plan.layers:
         for projection in layer.projections:
-            place = f"{layer.name}.{projection.name}"
             if plan.parameterization == "wrapper" and projection.cores == 0:
                 raise UserError("compression.parameterization=wrapper needs a core; set compression.cores=1 or delta")
-            limit = min(projection.rows, projection.columns)
-            if projection.delta_rank > limit:
-                raise UserError(
-                    f"compression.rank={projection.delta_rank // 2} is above the dimensions of {place}: it makes a "
-                    f"delta of rank {projection.delta_rank}, at most {limit} is possible; use a rank up to {limit // 2}"
-                )
-            if projection.parameters_after >= projection.parameters_before:
-                most = _largest_saving_rank(projection)
-                advice = f"use a rank up to {most // 2}" if most > 1 else "its experts are too few or too small"
-                raise UserError(
-                    f"a delta of rank {projection.delta_rank} saves nothing on {place} "
-                    f"({projection.parameters_after} of {projection.parameters_before} parameters); {advice}"
-                )
+            check_rank(
+                f"{layer.name}.{projection.name}",
+                (projection.experts, projection.rows, projection.columns),
+                projection.delta_rank,
+                cores=projection.cores,
+                parameterization=plan.parameterization,
+            )
 
 
 def check_disk(plan: Plan, directory: Path, existing: int = 0) -> None:
@@ -240,12 +233,6 @@ def check_disk(plan: Plan, directory: Path, existing: int = 0) -> None:
             f"the disk of {directory} has {free / 1e9:.1f} GB free and {needed / 1e9:.1f} GB are needed; "
             "free some or set output.base_dir to another disk"
         )
-
-
-def _largest_saving_rank(projection: ProjectionPlan) -> int:
-    spare = (projection.experts - projection.cores) * projection.rows * projection.columns
-    per_rank = projection.experts * (projection.rows + projection.columns)
-    return max(0, min((spare - 1) // per_rank, projection.rows, projection.columns))
 
 
 def _layer_plan(layer: MoeLayer, source: SourceModel, config: Config, ranks: dict[tuple[str, str], int]) -> LayerPlan:
