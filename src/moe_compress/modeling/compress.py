@@ -14,7 +14,7 @@ from moe_compress.errors import UserError
 from moe_compress.factorization.factors import Factors
 from moe_compress.modeling.config import SharedCoreConfig
 from moe_compress.modeling.conversions import set_conversions
-from moe_compress.modeling.experts import SharedCoreExperts, find_shared_cores
+from moe_compress.modeling.experts import SharedCoreExperts, find_shared_cores, set_empty_cores_aside
 from moe_compress.modeling.find import find_experts
 from moe_compress.modeling.tensors import layout_of, parameterization_of
 
@@ -67,6 +67,7 @@ def compress_in_memory(
     for name, replacement in replacements.items():
         model.set_submodule(name, replacement)
     set_conversions(model, conversions)
+    set_empty_cores_aside(model)
     model.config.quantization_config = config
     return model
 

@@ -25,7 +25,6 @@ from moe_compress.modeling.tensors import (
     factor_tensors,
     factors_from_tensors,
     layout_of,
-    parameterization_of,
 )
 
 # What a module's dictionary holds that belongs to that one instance: torch's own state, hooks that accelerate put
@@ -71,7 +70,8 @@ class SharedCoreExperts(nn.Module):
         for projection, shape in facts.projections.items():
             weight = getattr(original, projection)
             for name, size in factor_shapes(projection, shape, layout[projection], parameterization).items():
-                self.register_parameter(name, nn.Parameter(torch.empty(size, device=weight.device, dtype=weight.dtype)))
+                values = torch.empty(size, device=weight.device, dtype=weight.dtype)
+                self.register_parameter(name, nn.Parameter(values, requires_grad=values.numel() > 0))
             if facts.has_bias:
                 bias = getattr(original, f"{projection}_bias")
                 self.register_parameter(f"{projection}_bias", nn.Parameter(torch.empty_like(bias)))
@@ -151,9 +151,10 @@ class SharedCoreExperts(nn.Module):
         """
         if hidden_states.shape[0] == 0:
             return torch.zeros_like(hidden_states)
-        dtype = self._compute_dtype(hidden_states.device.type)
         up_name, down_name = self.projections
-        up, down = self._folded(up_name, dtype), self._folded(down_name, dtype)
+        up, down = self.factors(up_name).fold(), self.factors(down_name).fold()
+        dtype = _compute_dtype(hidden_states.device.type, up.delta_in.dtype)
+        up, down = _cast(up, dtype), _cast(down, dtype)
         values_per_expert = max(side.delta_in[0].numel() + side.delta_out[0].numel() for side in (up, down))
         routing = choose_routing(values_per_expert, top_k_index, top_k_weights, self.num_experts)
 
@@ -173,31 +174,12 @@ class SharedCoreExperts(nn.Module):
         bias = self.bias(down_name)
         if bias is not None:
             out = out + F.linear(routing.dense_weights.to(dtype), bias.to(dtype).mT)
-        return self._anchor(out).to(hidden_states.dtype)
-
-    def _compute_dtype(self, device_type: str) -> torch.dtype:
-        # Grouped GEMMs are not among the operations that autocast casts, so the casts are ours to make.
-        if torch.is_autocast_enabled(device_type):
-            return torch.get_autocast_dtype(device_type)
-        return self.down_proj.dtype
-
-    def _folded(self, projection: str, dtype: torch.dtype) -> DeltaFactors:
-        delta = self.factors(projection).fold()
-        core = None if delta.core is None else delta.core.to(dtype)
-        return DeltaFactors(core, delta.delta_out.to(dtype), delta.delta_in.to(dtype))
+        return out.to(hidden_states.dtype)
 
     def _gate(self, inner: Tensor) -> Tensor:
         """The original's gate, [S, G*I] to [S, I]."""
         gate: Any = self.original_class._apply_gate if self.has_gate else None
         return gate(self, inner) if gate is not None else self.act_fn(inner)  # type: ignore[operator]
-
-    def _anchor(self, out: Tensor) -> Tensor:
-        """Ties empty cores to the graph: data parallelism waits for the gradient of every trainable parameter."""
-        for projection in self.projections:
-            core = getattr(self, projection)
-            if core.shape[0] == 0 and core.requires_grad and torch.is_grad_enabled():
-                out = out + core.sum().to(out.dtype)
-        return out
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
@@ -205,6 +187,18 @@ class SharedCoreExperts(nn.Module):
             f"{name}: rank {value['delta_rank']}, {value['cores']} core" for name, value in self.layout.items()
         )
         return f"{self.original_class.__name__}, {self.num_experts} experts, {self.parameterization}, {layout}"
+
+
+def _compute_dtype(device_type: str, stored: torch.dtype) -> torch.dtype:
+    # Grouped GEMMs are not among the operations that autocast casts, so the casts are ours to make.
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return stored
+
+
+def _cast(factors: DeltaFactors, dtype: torch.dtype) -> DeltaFactors:
+    core = None if factors.core is None else factors.core.to(dtype)
+    return DeltaFactors(core, factors.delta_out.to(dtype), factors.delta_in.to(dtype))
 
 
 def copy_attributes(source: nn.Module, target: nn.Module) -> None:
@@ -221,7 +215,20 @@ def find_shared_cores(model: nn.Module) -> dict[str, SharedCoreExperts]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SharedCoreExperts)}
 
 
-def parameterization_of_model(model: nn.Module) -> Parameterization:
-    """The parameterization of a compressed model."""
-    cores = find_shared_cores(model).values()
-    return parameterization_of([core.factors(name) for core in cores for name in core.projections])
+def set_empty_cores_aside(model: nn.Module) -> None:
+    """Keep the empty parameters that stand for absent cores out of training, whoever sets `requires_grad` later.
+
+    They never get a gradient: FSDP2 cannot reduce an empty one, and DDP, which waits for every parameter, is told not
+    to wait for these.
+    """
+    empty = [
+        (f"{name}.{leaf}", parameter)
+        for name, module in find_shared_cores(model).items()
+        for leaf, parameter in module.named_parameters(recurse=False)
+        if parameter.numel() == 0
+    ]
+    for _, parameter in empty:
+        parameter.requires_grad_(False)
+    if empty:
+        ignored = set(getattr(model, "_ddp_params_and_buffers_to_ignore", []))
+        model._ddp_params_and_buffers_to_ignore = sorted(ignored | {name for name, _ in empty})  # type: ignore

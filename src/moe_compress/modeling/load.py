@@ -16,6 +16,8 @@ from moe_compress.modeling.find import find_experts
 
 __all__ = ["load_model", "load_tokenizer", "resolve_model_path"]
 
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "merges.txt", "tekken.json")
+
 
 def load_model(
     path_or_id: str | Path,
@@ -74,6 +76,9 @@ def load_tokenizer(
         UserError: there is none, or it cannot be read.
     """
     path = resolve_model_path(path_or_id, revision)
+    # For some architectures Transformers makes an empty tokenizer up where there is none.
+    if not any(file for pattern in _TOKENIZER_FILES for file in path.glob(pattern)):
+        raise UserError(f"{path} has no tokenizer files; copy those of the original model there")
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **kwargs)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -69,6 +69,7 @@ class SharedCoreQuantizer(HfQuantizer):
         from transformers import PreTrainedModel
 
         from moe_compress.modeling.conversions import DENSE_CONVERSIONS, expert_parameter_names, rewrites_experts
+        from moe_compress.modeling.experts import set_empty_cores_aside
 
         names = expert_parameter_names(model)
         missing = [name for name in names if not _was_read(model.get_parameter(name))]
@@ -79,6 +80,7 @@ class SharedCoreQuantizer(HfQuantizer):
             )
         needed = [c for c in self._conversions if c.was_used() or rewrites_experts(c, names)]
         setattr(model, DENSE_CONVERSIONS, needed)
+        set_empty_cores_aside(model)
         # With a quantizer attached save_pretrained ignores its state_dict argument and the Trainer refuses to train.
         del model.hf_quantizer, model.quantization_method
         model.is_quantized = False

@@ -1,0 +1,369 @@
+"""The folded forward pass equals the original experts with materialized weights, in values and gradients."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import AriaTextConfig, GptOssConfig, NemotronHConfig, Qwen3MoeConfig
+from transformers.models.aria.modeling_aria import AriaExperts
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+from moe_compress.errors import UserError
+from moe_compress.factorization.factors import DeltaFactors, WrapperFactors
+from moe_compress.modeling import routing
+from moe_compress.modeling.experts import SharedCoreExperts
+from moe_compress.modeling.find import describe_experts, to_native
+
+EXPERTS, HIDDEN, INTERMEDIATE = 5, 12, 6
+KINDS = ("gated", "gpt_oss", "no_gate", "transposed")
+PATHS = ("grouped", "gathered")
+
+
+def original(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    sizes: dict[str, Any] = {"hidden_size": HIDDEN, "moe_intermediate_size": INTERMEDIATE}
+    if kind == "gated":
+        module: nn.Module = Qwen3MoeExperts(Qwen3MoeConfig(num_experts=EXPERTS, **sizes))
+    elif kind == "gpt_oss":
+        module = GptOssExperts(
+            GptOssConfig(num_local_experts=EXPERTS, hidden_size=HIDDEN, intermediate_size=INTERMEDIATE)
+        )
+    elif kind == "no_gate":
+        module = NemotronHExperts(NemotronHConfig(n_routed_experts=EXPERTS, **sizes))
+    else:
+        module = AriaExperts(
+            AriaTextConfig(
+                moe_num_experts=EXPERTS,
+                hidden_size=HIDDEN,
+                intermediate_size=INTERMEDIATE,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+            )
+        )
+    module.config._experts_implementation = "eager"
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    return module.to(dtype)
+
+
+def shared(
+    module: nn.Module, parameterization: str = "delta", cores: int = 1, rank: int = 4, seed: int = 0
+) -> SharedCoreExperts:
+    layout = {name: {"delta_rank": rank, "cores": cores} for name in describe_experts("experts", module).projections}
+    replacement = SharedCoreExperts(module, layout, parameterization)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in replacement.parameters():
+        scale = parameter.shape[-1] ** -0.5 if parameter.numel() else 1.0
+        parameter.data = (torch.randn(parameter.shape, generator=generator) * scale).to(parameter.dtype)
+    return replacement
+
+
+def route(tokens: int, top_k: int, experts: int = EXPERTS, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(tokens, HIDDEN, generator=generator)
+    index = torch.stack([torch.randperm(experts, generator=generator)[:top_k] for _ in range(tokens)])
+    weights = torch.rand(tokens, top_k, generator=generator)
+    return hidden, index, weights
+
+
+def reference(module: nn.Module, replacement: SharedCoreExperts, *inputs: Tensor) -> Tensor:
+    """The original, eager, with the differentiable materialized weights."""
+    parameters = {}
+    for projection in replacement.projections:
+        parameters[projection] = to_native(replacement.factors(projection).materialize(), module.is_transposed)
+        bias = replacement.bias(projection)
+        if bias is not None:
+            parameters[f"{projection}_bias"] = bias
+    return torch.func.functional_call(module, parameters, inputs)
+
+
+def gradients(run: Callable[..., Tensor], replacement: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> Any:
+    hidden, index, weights = inputs
+    hidden, weights = hidden.clone().requires_grad_(), weights.clone().requires_grad_()
+    replacement.zero_grad()
+    out = run(hidden, index, weights)
+    coefficients = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(out.dtype)
+    (out * coefficients).sum().backward()
+    found = {name: parameter.grad for name, parameter in replacement.named_parameters()}
+    return out.detach(), found | {"hidden": hidden.grad, "weights": weights.grad}
+
+
+def assert_same(module: nn.Module, replacement: SharedCoreExperts, inputs: Any, tolerance: float = 2e-5) -> None:
+    out, found = gradients(replacement, replacement, inputs)
+    expected_out, expected = gradients(lambda *given: reference(module, replacement, *given), replacement, inputs)
+    torch.testing.assert_close(out, expected_out, rtol=tolerance, atol=tolerance * expected_out.abs().max().item())
+    for name, gradient in found.items():
+        wanted = expected[name]
+        if wanted is None:  # what the original never touched, such as an empty core
+            assert gradient is None or not gradient.any(), name
+            continue
+        scale = max(wanted.abs().max().item(), 1e-3) if wanted.numel() else 1.0
+        close = torch.isclose(gradient, wanted, rtol=tolerance, atol=tolerance * scale)
+        assert close.all(), f"gradient of {name}: off by {(gradient - wanted).abs().max()}"
+
+
+@pytest.fixture(params=PATHS)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways through the factors, by moving the limit between them."""
+    force(request.param, monkeypatch)
+    return request.param
+
+
+def force(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing, "_GATHER_LIMIT", {"cpu": 0 if path == "grouped" else 2**40})
+    other = "GatheredRouting" if path == "grouped" else "GroupedRouting"
+    monkeypatch.setattr(routing, other, lambda *_: pytest.fail(f"{other} was used"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("parameterization", "cores"), [("delta", 1), ("delta", 0), ("wrapper", 1)])
+def test_equals_materialized_experts(kind: str, parameterization: str, cores: int, path: str) -> None:
+    module = original(kind)
+    assert_same(module, shared(module, parameterization, cores), route(7, 2))
+
+
+@pytest.mark.parametrize("top_k", [1, EXPERTS])
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_one_expert_and_all_experts(tokens: int, top_k: int, path: str) -> None:
+    module = original("gpt_oss")
+    assert_same(module, shared(module), route(tokens, top_k))
+
+
+def test_an_expert_without_a_token(path: str) -> None:
+    module = original("gated")
+    replacement = shared(module)
+    inputs = route(6, 2, experts=EXPERTS - 2)
+    assert_same(module, replacement, inputs)
+    replacement(*inputs).sum().backward()
+    assert not replacement.down_proj_delta_in.grad[EXPERTS - 2 :].any()
+
+
+def test_no_token(path: str) -> None:
+    hidden, index, weights = route(3, 2)
+    assert shared(original("gated"))(hidden[:0], index[:0], weights[:0]).shape == (0, HIDDEN)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    parameterization=st.sampled_from(["delta", "wrapper"]),
+    path=st.sampled_from(PATHS),
+    tokens=st.integers(1, 9),
+    top_k=st.integers(1, EXPERTS),
+    rank=st.sampled_from([2, 4, 6, 8, 10]),
+    seed=st.integers(0, 1000),
+)
+def test_equals_materialized_experts_always(
+    kind: str, parameterization: str, path: str, tokens: int, top_k: int, rank: int, seed: int
+) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        force(path, monkeypatch)
+        module = original(kind)
+        assert_same(module, shared(module, parameterization, 1, rank, seed), route(tokens, top_k, seed=seed), 1e-4)
+
+
+@pytest.mark.parametrize("rank", [3, 7, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_any_rank_and_dtype(dtype: torch.dtype, rank: int, path: str) -> None:
+    module = original("gated", torch.float64)
+    exact = shared(module, rank=rank)
+    hidden, index, weights = route(8, 3)
+    inputs = (hidden.to(dtype), index, weights.to(dtype))
+    expected_out, expected = gradients(exact, exact, (inputs[0].double(), index, inputs[2].double()))
+    rounded = shared(original("gated", dtype), rank=rank)
+    for name, parameter in rounded.named_parameters():
+        parameter.data = exact.get_parameter(name).data.to(dtype)
+    out, found = gradients(rounded, rounded, inputs)
+    assert out.dtype == dtype
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
+    for value, wanted in [(out, expected_out), *((found[name], expected[name]) for name in found)]:
+        assert value.dtype == dtype
+        assert torch.linalg.vector_norm(value.double() - wanted) <= tolerance * torch.linalg.vector_norm(wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("parameterization", ["delta", "wrapper"])
+def test_autocast_computes_in_bf16_and_differentiates_in_fp32(kind: str, parameterization: str, path: str) -> None:
+    replacement = shared(original(kind), parameterization)
+    inputs = route(8, 2)
+    expected_out, expected = gradients(replacement, replacement, inputs)
+
+    def run(*given: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return replacement(*given)
+
+    out, found = gradients(run, replacement, inputs)
+    assert not torch.equal(out, expected_out)  # it did compute in bf16
+    for name, value in {"out": out, **found}.items():
+        wanted = expected_out if name == "out" else expected[name]
+        assert value.dtype == torch.float32
+        assert torch.linalg.vector_norm(value - wanted) <= 6e-2 * torch.linalg.vector_norm(wanted), name
+
+
+def test_autocast_accepts_16_bit_activations(path: str) -> None:
+    hidden, index, weights = route(4, 2)
+    replacement = shared(original("gated"))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        out = replacement(hidden.bfloat16(), index, weights.bfloat16())
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), replacement(hidden, index, weights).detach(), rtol=0.1, atol=0.1)
+
+
+def test_no_grad_gives_the_same_values(path: str) -> None:
+    replacement = shared(original("gpt_oss"), "wrapper")
+    inputs = route(5, 2)
+    with torch.no_grad():
+        quiet = replacement(*inputs)
+    assert not quiet.requires_grad
+    assert torch.equal(quiet, replacement(*inputs).detach())
+
+
+def test_weights_in_fp32_keep_the_dtype_of_the_activations(path: str) -> None:
+    hidden, index, weights = route(5, 2)
+    out = shared(original("gated", torch.bfloat16))(hidden.bfloat16(), index, weights)
+    assert out.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_adds_nothing(kind: str, path: str) -> None:
+    module = original(kind)
+    replacement = shared(module)
+    hidden, index, weights = route(6, 3)
+    padded = torch.zeros(6, 3, dtype=torch.bool)
+    padded[0, 1] = padded[3, 0] = padded[3, 2] = True
+    out, found = gradients(replacement, replacement, (hidden, index.masked_fill(padded, EXPERTS), weights))
+    # The eager original stands for padding by a weight of zero (that of GPT-OSS knows no padding index).
+    expected_out, expected = gradients(
+        lambda *given: reference(module, replacement, *given),
+        replacement,
+        (hidden, index, weights.masked_fill(padded, 0)),
+    )
+    torch.testing.assert_close(out, expected_out, rtol=1e-4, atol=1e-4)
+    assert not found.pop("weights")[padded].any()
+    for name, value in found.items():
+        assert torch.allclose(value, expected[name], rtol=1e-4, atol=1e-4), name
+
+
+def test_a_padding_token_may_hold_nan(path: str) -> None:
+    replacement = shared(original("gpt_oss"))
+    hidden, index, weights = route(5, 2)
+    hidden[2] = float("nan")
+    index[2] = EXPERTS
+    out, found = gradients(replacement, replacement, (hidden, index, weights))
+    assert not out[2].any()
+    assert out.isfinite().all()
+    for name, value in found.items():
+        assert value.isfinite().all(), name
+
+
+def test_the_forward_pass_never_waits_for_the_device() -> None:
+    """On the meta device reading a value raises; so would a loop over experts or a synchronization."""
+    module = original("gpt_oss", torch.bfloat16).to("meta")
+    for parameterization in ("delta", "wrapper"):
+        layout = {name: {"delta_rank": 8, "cores": 1} for name in ("gate_up_proj", "down_proj")}
+        replacement = SharedCoreExperts(module, layout, parameterization)  # type: ignore[arg-type]
+        hidden = torch.empty(7, HIDDEN, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        index = torch.empty(7, 2, dtype=torch.long, device="meta")
+        for limit in (0, 2**40):
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                monkeypatch.setattr(routing, "_GATHER_LIMIT", {"meta": limit})
+                out = replacement(hidden, index, torch.empty(7, 2, dtype=torch.bfloat16, device="meta"))
+            assert out.shape == (7, HIDDEN)
+
+
+def test_the_core_multiplies_each_token_once() -> None:
+    """The point of the folded form: the multiplications of the cores do not grow with k."""
+    replacement = shared(original("gated"))
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def core_flops(top_k: int) -> int:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            replacement(*route(4, top_k))
+        return counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+
+    cores = sum(replacement.get_parameter(name).numel() for name in replacement.projections)
+    assert core_flops(1) == core_flops(EXPERTS) == 2 * 4 * cores
+
+
+def test_few_rows_are_gathered_and_many_are_sorted() -> None:
+    index, weights = torch.zeros(4, 2, dtype=torch.long), torch.ones(4, 2)
+    assert type(routing.choose_routing(100, index, weights, 3)) is routing.GatheredRouting
+    assert (
+        type(routing.choose_routing(100, index.repeat(1000, 1), weights.repeat(1000, 1), 3)) is routing.GroupedRouting
+    )
+    assert type(routing.choose_routing(10**8, index, weights, 3)) is routing.GroupedRouting
+
+
+def test_grouped_mm_takes_an_expanded_gradient() -> None:
+    rows, weight = torch.randn(4, 8, requires_grad=True), torch.randn(2, 4, 8, requires_grad=True)
+    routing.grouped_mm(rows, weight, torch.tensor([1, 4], dtype=torch.int32)).sum().backward()
+    torch.testing.assert_close(rows.grad, weight.detach().sum(1)[[0, 1, 1, 1]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_fold_keeps_the_function(kind: str, dtype: torch.dtype) -> None:
+    replacement = shared(original(kind, dtype), "wrapper")
+    hidden, index, weights = route(6, 2)
+    inputs = (hidden.to(dtype), index, weights.to(dtype))
+    before = replacement(*inputs).detach()
+    dense = {name: replacement.materialize(name) for name in replacement.projections}
+    assert replacement.fold_() is replacement
+    assert replacement.parameterization == "delta"
+    assert isinstance(replacement.factors("down_proj"), DeltaFactors)
+    assert not any("_u_" in name or "_v_" in name for name, _ in replacement.named_parameters())
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    scale = before.abs().max().item()
+    torch.testing.assert_close(replacement(*inputs).detach(), before, rtol=tolerance, atol=tolerance * scale)
+    for name, weight in dense.items():
+        torch.testing.assert_close(
+            replacement.materialize(name), weight, rtol=tolerance, atol=tolerance * weight.abs().max().item()
+        )
+    replacement(*inputs).sum().backward()
+    assert replacement.down_proj_delta_in.grad.any()
+
+
+def test_empty_cores_survive_training() -> None:
+    replacement = shared(original("gated"), cores=0).requires_grad_(True)
+    optimizer = torch.optim.AdamW(replacement.parameters(), lr=0.1)
+    before = replacement.down_proj_delta_in.detach().clone()
+    replacement(*route(4, 2)).sum().backward()
+    assert {name for name, parameter in replacement.named_parameters() if parameter.grad is None} == {
+        "gate_up_proj",
+        "down_proj",
+    }
+    assert torch.nn.utils.clip_grad_norm_(replacement.parameters(), 1.0).isfinite()
+    optimizer.step()
+    assert replacement.down_proj.shape == (0, INTERMEDIATE)
+    assert not torch.equal(before, replacement.down_proj_delta_in)
+
+
+def test_a_deep_copy_is_independent() -> None:
+    replacement = shared(original("gpt_oss"))
+    twin = copy.deepcopy(replacement)
+    inputs = route(3, 2)
+    expected = replacement(*inputs)
+    with torch.no_grad():
+        replacement.down_proj.zero_()
+    assert torch.equal(twin(*inputs), expected)
+
+
+def test_factors_of_other_shapes_are_refused() -> None:
+    replacement = shared(original("gated"))
+    good = replacement.factors("down_proj")
+    with pytest.raises(UserError, match="down_proj_delta_out: factors of shape"):
+        replacement.load_factors("down_proj", DeltaFactors(good.core, good.delta_out[:, :, :2], good.delta_in[:, :2]))
+    sides = [torch.zeros(EXPERTS, size, 2) for size in (HIDDEN, HIDDEN, INTERMEDIATE, INTERMEDIATE)]
+    with pytest.raises(UserError, match="none expected"):
+        replacement.load_factors("down_proj", WrapperFactors(torch.zeros(HIDDEN, INTERMEDIATE), *sides))
+    with pytest.raises(UserError, match="has the projections"):
+        SharedCoreExperts(original("no_gate"), {"gate_up_proj": {"delta_rank": 2, "cores": 1}})
