@@ -158,13 +158,13 @@ def _row_filter(source: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """
     rows, columns = source.shape[1:]
     squares, vectors = torch.linalg.eigh(source @ source.mT if rows <= columns else source.mT @ source)
-    mu = ridge * squares.mean(1, keepdim=True).clamp_min(torch.finfo(source.dtype).tiny ** 0.5)
+    mu = ridge * squares.mean(1, keepdim=True).clamp_min(1e-20)  # a core may be zero
     if rows <= columns:
         back = vectors * (squares.clamp_min(0) + mu).rsqrt()[:, None, :]
         return source.mT @ back, back
     squares = torch.maximum(squares, 1e-3 * mu)
     front = vectors * (squares / (squares + mu)).sqrt()[:, None, :]
-    return front, source @ (vectors * (squares * (squares + mu)).rsqrt()[:, None, :])
+    return front, source @ (vectors * (squares.rsqrt() * (squares + mu).rsqrt())[:, None, :])
 
 
 def _solve_side(source: Tensor, target: Tensor, rank: int, ridge: float) -> tuple[Tensor, Tensor]:

@@ -113,7 +113,8 @@ def fit(weights: Tensor, spec: FitSpec, gram: Tensor | None = None) -> FitResult
         ValueError: the shapes do not belong together.
     """
     _check(weights, spec, gram)
-    metric = Metric(None if gram is None else gram.to(weights.device))
+    weights = weights.detach()
+    metric = Metric(None if gram is None else gram.detach().to(weights.device))
     factors, history = METHODS[spec.method](weights, spec, metric)
     return _measure(weights, factors, history, gram)
 
