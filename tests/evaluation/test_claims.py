@@ -32,9 +32,8 @@ def leave_claim(directory: Path, name: str, number: int = 0, **changes: object) 
 
 
 def test_a_claim_excludes_others_until_it_ends(tmp_path):
-    with claimed(tmp_path, "a") as first:
-        with claimed(tmp_path, "a") as second, claimed(tmp_path, "b") as other:
-            assert (first, second, other) == (True, False, True)
+    with claimed(tmp_path, "a") as first, claimed(tmp_path, "a") as second, claimed(tmp_path, "b") as other:
+        assert (first, second, other) == (True, False, True)
     with claimed(tmp_path, "a") as again:
         assert again
     assert not list(tmp_path.iterdir())

@@ -39,7 +39,9 @@ def test_agreement_by_hand():
     teacher, student = make_model(), mean_core(make_model(), rank=2)
     theirs, ours = log_probabilities(teacher), log_probabilities(student)
     score = score_text(student, ROWS, teacher, progress=False)
-    assert score.kl == pytest.approx(F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).mean().item(), rel=1e-4)
+    assert score.kl == pytest.approx(
+        F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).mean().item(), rel=1e-4
+    )
     assert score.kl > 0.01
     assert score.top1_agreement == pytest.approx((ours.argmax(-1) == theirs.argmax(-1)).double().mean().item())
     assert 0 < score.top1_agreement < 1

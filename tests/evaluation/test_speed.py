@@ -47,7 +47,7 @@ def test_rounds_are_interleaved_and_rotate():
 
 
 def test_the_median_is_of_the_samples(monkeypatch):
-    samples = iter([0.0, 1.0] + [5.0, 1.0, 2.0, 3.0, 9.0])
+    samples = iter([0.0, 1.0, 5.0, 1.0, 2.0, 3.0, 9.0])  # two of the warm-up, five rounds
     monkeypatch.setattr(timing, "_sample", lambda *_: next(samples))
     (result,) = time_interleaved({"a": lambda _: None}, CPU, seconds=0, least_rounds=5).values()
     assert (result.low, result.median, result.high) == (2.0, 3.0, 5.0)

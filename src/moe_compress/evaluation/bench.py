@@ -183,7 +183,8 @@ def layer_table(layer: Mapping[str, Any], found: Mapping[str, Any]) -> Table:
     for variant in dict.fromkeys(row["variant"] for row in layer["rows"]):
         by_tokens = {row["tokens"]: row for row in layer["rows"] if row["variant"] == variant}
         cells = [
-            f"{row['ms']:.3g} ({row['ms_low']:.3g}-{row['ms_high']:.3g})  {row['speedup']:.2f}x"
+            f"{row['ms']:.3g}  [bold]{row['speedup']:.2f}x[/bold]\n"
+            f"[dim]({row['ms_low']:.3g}-{row['ms_high']:.3g})[/dim]"
             if (row := by_tokens.get(number))
             else ""
             for number in tokens
@@ -205,7 +206,8 @@ def model_table(speed: Mapping[str, Any], found: Mapping[str, Any]) -> Table:
     table.add_column(f"writing {speed['decode_tokens']} tokens", justify="right")
     for row in speed["rows"]:
         cells = [
-            f"{row[kind]:,.0f} ({row[f'{kind}_low']:,.0f}-{row[f'{kind}_high']:,.0f})  {row[f'{kind}_speedup']:.2f}x"
+            f"{row[kind]:,.0f}  [bold]{row[f'{kind}_speedup']:.2f}x[/bold]\n"
+            f"[dim]({row[f'{kind}_low']:,.0f}-{row[f'{kind}_high']:,.0f})[/dim]"
             if kind in row
             else ""
             for kind in ("prefill", "decode")

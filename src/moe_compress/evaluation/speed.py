@@ -140,7 +140,7 @@ def model_speed(
     prefill_tokens = min(prefill_tokens, most)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(config.vocab_size, (1, prefill_tokens), generator=generator).to(original.device)
-    configs = {id(module.config): module.config for module in expert_modules(original).values()}.values()
+    configs: list[Any] = list({id(m.config): m.config for m in expert_modules(original).values()}.values())
 
     def selected(model: Any, implementation: str | None) -> Any:
         for each in configs if implementation else ():

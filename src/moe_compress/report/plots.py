@@ -5,16 +5,18 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # Readable on white and on near-black; told apart by the colour-blind (after Okabe and Ito).
 COLOURS = ("#0f7ab8", "#d9650c", "#0c9a70", "#b8629a", "#8a8a8a", "#b59a00")
 _INK = "#010203"  # stands for the page's own text colour in the SVG
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "moe-compress",
     "font.family": "sans-serif",
@@ -79,7 +81,7 @@ def line_plot(
         if bottom is not None:
             axes.set_ylim(bottom=bottom)
         if whole_numbers:
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(series) + len(levels or {}) > 1:
             axes.legend()
 

@@ -1,0 +1,151 @@
+"""The tables of a report, from the records that `compress` and `evaluate` leave."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from moe_compress.evaluation.results import Record, metrics_of
+from moe_compress.report.tables import MISSING, Table, count, number, percent, significant, size, with_error
+
+
+def rank_table(compression: dict[str, Any]) -> Table:
+    """Delta rank, cores and bytes of every projection."""
+    rows = []
+    for layer, facts in compression["layers"].items():
+        for projection, own in facts["projections"].items():
+            kept = percent(own["bytes"] / own["bytes_before"]) if own.get("bytes_before") else MISSING
+            rows.append([f"{layer}.{projection}", str(own["delta_rank"]), str(own["cores"]), size(own["bytes"]), kept])
+    return Table("Ranks", ["", "delta rank", "cores", "bytes", "kept"], rows)
+
+
+def error_table(title: str, compression: dict[str, Any]) -> Table:
+    """Relative error of every projection."""
+    rows = [
+        [f"{layer}.{projection}", number(own["relative_error"], 4), number(own.get("data_error"), 4)]
+        for layer, facts in compression["layers"].items()
+        for projection, own in facts["projections"].items()
+    ]
+    return Table(f"Relative squared error, {title}", ["", "weights", "weighed by data"], rows)
+
+
+def quality_table(rows: list[tuple[str, Record]]) -> Table:
+    """One row per model; of every task the one metric that matters most."""
+    tasks = {task: primary for _, record in rows for task, entry in record.get("tasks", {}).items()
+             if (primary := _primary_metric(entry))}  # fmt: skip
+    columns = ["", "perplexity", "KL to original", "top-1 agreement"]
+    columns += [f"{task} {metric}" for task, metric in tasks.items()]
+    columns += ["expert bytes", "all bytes", "active parameters"]
+    cells = []
+    for name, record in rows:
+        scores = [record.get("tasks", {}).get(task, {}) for task in tasks]
+        cells.append(
+            [
+                name,
+                with_error(record.get("perplexity"), record.get("perplexity_stderr"), 2),
+                with_error(record.get("kl"), record.get("kl_stderr")),
+                with_error(record.get("top1_agreement"), record.get("top1_stderr")),
+                *(
+                    with_error(score.get(metric), score.get(f"{metric}_stderr"))
+                    for score, metric in zip(scores, tasks.values(), strict=True)
+                ),
+                size(record.get("expert_bytes")),
+                size(record.get("bytes")),
+                count(record.get("active_parameters")),
+            ]
+        )
+    first = rows[0][1]
+    note = f"{first['tokens']:,} held-out tokens in {first['sequences']} sequences; ± is the standard error."
+    emphasis = [index for index, (name, _) in enumerate(rows) if name == "shared core, distilled"]
+    return Table("Quality", columns, cells, note, emphasis)
+
+
+def _primary_metric(entry: dict[str, Any]) -> str | None:
+    """The metric of a task to show first: accuracy if it has one, else its first."""
+    metrics = [name.partition(".")[2] for name in metrics_of({"tasks": {"": entry}})]
+    return next((name for name in ("acc", "exact_match") if name in metrics), next(iter(metrics), None))
+
+
+def task_table(rows: list[tuple[str, Record]]) -> Table:
+    """Every metric of every task, errors included."""
+    cells = []
+    for name, record in rows:
+        for task, entry in record.get("tasks", {}).items():
+            if "error" in entry:
+                cells.append([f"{name}: {task}", entry["error"], MISSING, MISSING])
+            for metric in metrics_of({"tasks": {task: entry}}):
+                key = metric.removeprefix(f"{task}.")
+                documents = str(entry.get("documents") or MISSING)
+                shots = MISSING if entry.get("few_shot") is None else str(entry["few_shot"])
+                score = with_error(entry[key], entry.get(f"{key}_stderr"))
+                cells.append([f"{name}: {metric}", score, documents, shots])
+    return Table("All task metrics", ["", "score", "documents", "few-shot"], cells)
+
+
+def checkpoint_table(students: list[Record], best: str | None) -> Table:
+    """The student over the steps."""
+    rows = []
+    for record in students:
+        name = f"step {record['step']}" + (" (best)" if best == f"checkpoint-{record['step']}" else "")
+        rows.append([name, with_error(record.get("perplexity"), record.get("perplexity_stderr"), 2),
+                     number(record.get("kl")), number(record.get("top1_agreement"))])  # fmt: skip
+    return Table("Checkpoints", ["", "perplexity", "KL to original", "top-1 agreement"], rows)
+
+
+def layer_table(layer: dict[str, Any], speed: dict[str, Any]) -> Table:
+    """Milliseconds of one MoE layer: a row per variant, two columns per number of tokens."""
+    tokens = list(dict.fromkeys(row["tokens"] for row in layer["rows"]))
+    columns = [""]
+    for tokens_ in tokens:
+        columns += [f"ms, {tokens_:,} token{'s' if tokens_ > 1 else ''}", "speed"]
+    by = {(row["variant"], row["tokens"]): row for row in layer["rows"]}
+    variants = variants_of(layer["rows"])
+    rows = []
+    for variant in variants:
+        cells = [variant]
+        for tokens_ in tokens:
+            row = by.get((variant, tokens_))
+            cells += [_spread(row, "ms"), f"{row['speedup']:.2f}x"] if row else [MISSING, MISSING]
+        rows.append(cells)
+    machine = speed["machine"]
+    where = machine["cpu"] if speed["device"] == "cpu" else ", ".join(machine["gpus"])
+    note = (
+        f"{layer['experts']} experts, {layer['top_k']} per token, hidden {layer['hidden_size']}, intermediate "
+        f"{layer['intermediate_size']}; {speed['dtype']} on {where}, {machine['threads']} threads; median (quartiles), "
+        "interleaved; speed is against the fastest original."
+    )
+    if speed.get("svd_values") == "random":
+        note += " Per-expert SVD: random factors of the same bytes."
+    emphasis = [index for index, variant in enumerate(variants) if variant == "shared core"]
+    return Table("One MoE layer", columns, rows, note, emphasis)
+
+
+def model_table(model: dict[str, Any]) -> Table:
+    """Tokens per second of the whole model."""
+    kinds = ("prefill", "decode")
+    columns = [
+        "",
+        f"reading {model['prefill_tokens']} tokens",
+        "speed",
+        f"writing {model['decode_tokens']} tokens",
+        "speed",
+    ]
+    rows = []
+    for row in model["rows"]:
+        cells = [row["variant"]]
+        for kind in kinds:
+            has = row.get(kind) is not None
+            cells += [_spread(row, kind), f"{row[f'{kind}_speedup']:.2f}x"] if has else [MISSING, MISSING]
+        rows.append(cells)
+    emphasis = [index for index, row in enumerate(model["rows"]) if row["variant"] == "shared core"]
+    note = "Tokens per second, one sequence at a time; median (quartiles), interleaved."
+    return Table("Whole model", columns, rows, note, emphasis)
+
+
+def _spread(row: dict[str, Any], key: str) -> str:
+    return f"{significant(row[key])} ({significant(row[f'{key}_low'])} to {significant(row[f'{key}_high'])})"
+
+
+def variants_of(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """The names of the variants in order."""
+    return list(dict.fromkeys(row["variant"] for row in rows))
