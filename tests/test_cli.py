@@ -166,14 +166,17 @@ def test_plan_and_bench_take_settings_of_a_run(recorder: Recorder, monkeypatch: 
 
 
 def test_export(recorder: Recorder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    seen: list[tuple[Path, Path]] = []
-    modeling = SimpleNamespace(export_dense=lambda *paths: seen.append(paths))
+    seen: list[tuple[str, Path, bool]] = []
+
+    def export_dense(source: Path | str, output: Path, *, trust_remote_code: bool) -> None:
+        seen.append((str(source), output, trust_remote_code))
+
+    modeling = SimpleNamespace(export_dense=export_dense)
     monkeypatch.setitem(sys.modules, "moe_compress.modeling", modeling)
     assert "export needs --dense OUT" in error_of(capsys, "export", "run=r")
     assert "export needs run=RUN" in error_of(capsys, "export", "--dense", "out")
     assert "is not a run directory" in error_of(capsys, "export", "run=r", "--dense", "out")
-    assert "is not a directory" in error_of(capsys, "export", "model=none", "--dense", "out")
-    main(["compress", "run=r"])
+    main(["compress", "run=r", "model.trust_remote_code=true"])
     capsys.readouterr()
     assert "no checkpoint yet" in error_of(capsys, "export", "run=r", "--dense", "out")
     checkpoint = Path("r/checkpoints/checkpoint-0")
@@ -182,7 +185,7 @@ def test_export(recorder: Recorder, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     (checkpoint / "model.safetensors").write_text("")
     assert main(["export", "run=r", "--dense", "out"]) == 0
     assert main(["export", f"model={checkpoint}", "--dense", "out"]) == 0
-    assert seen == [(checkpoint, Path("out"))] * 2
+    assert seen == [(str(checkpoint), Path("out"), True), (str(checkpoint), Path("out"), False)]
     assert "saves no memory" in capsys.readouterr().out
     assert "exists already" in error_of(capsys, "export", "run=r", "--dense", "r")
 

@@ -211,6 +211,13 @@ def test_finished_means_with_these_settings(path: Path) -> None:
     assert Run(path, unread).finished("compress"), "settings that a stage does not read do not undo it"
 
 
+def test_settings_that_only_a_later_stage_freezes_do_not_undo_an_earlier_one(path: Path) -> None:
+    assert stage("teacher-logits", path).finished("teacher-logits")
+    live = settings.compose(["distillation.teacher.use_cached_logits=false"])
+    assert Run(path, live).finished("teacher-logits")
+    assert not Run(path, settings.compose(["distillation.teacher.generation.top_k=3"])).finished("teacher-logits")
+
+
 def test_a_failed_stage_can_be_run_again(path: Path) -> None:
     stage("compress", path)
     run = open_run("teacher-logits", [f"run={path}"])

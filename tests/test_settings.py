@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from moe_compress import settings
+from moe_compress import checks, settings
 from moe_compress.config import Config, LrMultiplier, StageConfig
 from moe_compress.errors import UserError
-from moe_compress.schema import find, flatten, known_keys, walk
+from moe_compress.schema import fields_of, find, flatten, known_keys, walk
 
 
 def refusal(*overrides: str) -> str:
@@ -205,6 +205,11 @@ def test_nonsense_is_refused_in_one_line_that_names_the_key(override: str, words
 
 def test_a_size_must_be_given() -> None:
     assert "no size is set" in refusal("model=a/b", "compression.rank=null")
+
+
+def test_rules_are_about_settings_that_exist() -> None:
+    for cls, rules in checks._RULES.items():
+        assert set(rules) <= set(fields_of(cls)), cls
 
 
 def test_every_setting_is_documented_and_known() -> None:

@@ -69,7 +69,6 @@ _RULES: dict[type, dict[str, _Rule]] = {
         "target_ratio": _OPEN_UNIT,
         "target_bytes": _at_least(1),
         "rank_multiple": _at_least(1),
-        "alignment": _one_of("none", "weights"),
         "iterations": _at_least(0),
         "num_steps": _at_least(1),
         "lr": _POSITIVE,

@@ -15,6 +15,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,7 @@ class Run:
     def __init__(self, path: Path | str, config: Config) -> None:
         """Bind a directory to settings; reads and writes nothing (see `create`, `open` and `open_run`)."""
         self.path = Path(path)
-        self.config = config
-        config.run = str(self.path)
+        self.config = replace(config, run=str(self.path))
         self._manifest = Manifest(self.path)
 
     @classmethod

@@ -137,17 +137,17 @@ def _export(options: argparse.Namespace) -> None:
     keys = {assignment.key for assignment in assignments} | set(chosen)
     config = settings.compose(options.settings, file=options.config)
     if config.run is not None:
-        source = Run.open(config.run).student()
+        run = Run.open(config.run)
+        source: Path | str = run.student()
+        trust = run.config.model.trust_remote_code or config.model.trust_remote_code
     elif keys & {"model", "model.name"}:
-        source = Path(config.model.name)
-        if not source.is_dir():
-            raise UserError(f"model={source} is not a directory; give the directory of a compressed checkpoint")
+        source, trust = config.model.name, config.model.trust_remote_code
     else:
         raise UserError("export needs run=RUN (its best checkpoint) or model=DIR (a compressed checkpoint)")
     _use_gpus(config)
     from moe_compress.modeling import export_dense
 
-    export_dense(source, options.dense)
+    export_dense(source, options.dense, trust_remote_code=trust)
     print(f"{options.dense}: dense checkpoint of {source} (the original architecture: it saves no memory)")
 
 
