@@ -92,8 +92,11 @@ def test_a_tiny_tail_keeps_its_gradient() -> None:
     assert torch.isfinite(student.grad).all()
 
 
-@pytest.mark.parametrize("temperature", [1.2, 1.5, 3.0, 5.0, 10.0])
-def test_tail_between_the_cached_temperatures_is_close(temperature: float) -> None:
+@pytest.mark.parametrize(
+    ("temperature", "error"),
+    [(0.7, 0.4), (0.9, 0.08), (1.2, 0.06), (1.5, 0.06), (3.0, 0.06), (5.0, 0.06), (10.0, 0.06)],
+)
+def test_tail_between_the_cached_temperatures_is_close(temperature: float, error: float) -> None:
     # Zipf-like logits with noise, as language models have them, over a vocabulary much larger than the top-k.
     ranks = torch.arange(1, 4001).float()
     teacher = (-1.3 * ranks.log() + logits(8, 1.0, (20, 4000))).float()
@@ -102,7 +105,7 @@ def test_tail_between_the_cached_temperatures_is_close(temperature: float) -> No
     truth = (log_probs.scatter(-1, targets.indices, -math.inf) / temperature).logsumexp(-1)
     found = tail_log_mass(targets, temperature, 4000)
     assert found is not None
-    assert (found - truth).abs().max() < 0.06
+    assert (found - truth).abs().max() < error
     even = math.log(4000 - 32) * (1 - 1 / temperature) + targets.log_tail[:, 0] / temperature
     assert ((found - truth).abs() < (even - truth).abs()).all()  # better than an evenly spread tail
 

@@ -37,7 +37,9 @@ class Field:
 class Encoder(Protocol):
     """Teacher logits to a record and back."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Its name in the manifest."""
 
     def settings(self) -> dict[str, Any]:
         """What the manifest says of the encoder: enough to make it again with `make_encoder`."""

@@ -11,7 +11,7 @@ import os
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from rich.console import Console
@@ -185,7 +185,7 @@ def training_arguments(config: Config, stage: Stage, output_dir: Path) -> Traini
         remove_unused_columns=False,
         dataloader_num_workers=2 if cuda else 0,
         dataloader_pin_memory=cuda,
-        fsdp=config.fsdp.enabled,
+        fsdp=cast(Any, config.fsdp.enabled),  # declared as str for its command line
         fsdp_config=_fsdp(config) if config.fsdp.enabled else None,
     )
     if arguments.n_gpu > 1:

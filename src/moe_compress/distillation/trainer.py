@@ -67,7 +67,7 @@ class DistillationTrainer(Trainer):
         self.stage = stage
         self.groups = groups
         self.teacher = teacher
-        self.loss_config = loss
+        self.loss_options: dict[str, Any] = {"tail": loss.tail, "kl_reduction": loss.kl_reduction}
         self.dtypes = dtypes
         self._saving: Path | None = None
         self._sums = torch.zeros(3, dtype=torch.float64)
@@ -80,7 +80,7 @@ class DistillationTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over the stage's groups, at the stage's rate; weight decay only where the group has it."""
         if self.optimizer is None:
-            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args)
             rate = options.pop("lr")
             self.optimizer = cls(
                 [
@@ -99,6 +99,7 @@ class DistillationTrainer(Trainer):
 
     def _get_learning_rate(self) -> float:
         """The rate of multiplier 1."""
+        assert self.optimizer is not None
         group = self.optimizer.param_groups[0]
         return float(group["lr"] / group["lr_multiplier"])
 
@@ -135,8 +136,7 @@ class DistillationTrainer(Trainer):
             alpha=self.stage.alpha,
             temperature=self.stage.temperature,
             normalizer=num_items_in_batch,
-            tail=self.loss_config.tail,
-            kl_reduction=self.loss_config.kl_reduction,
+            **self.loss_options,
         )
         loss = parts.loss
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -181,7 +181,7 @@ class DistillationTrainer(Trainer):
             self._logged_at = now
         super().log(logs, start_time)
         if step and self.is_world_process_zero():
-            rates = [group["lr"] for group in self.optimizer.param_groups]
+            rates = {group.pattern: logs["learning_rate"] * group.lr_multiplier for group in self.groups}
             line = {"step": self.state.global_step, "stage": self.stage.name}
             line |= {key: value for key, value in logs.items() if key != "epoch"}
             line |= {"learning_rates": rates, "time": time.time()}
@@ -216,12 +216,12 @@ class DistillationTrainer(Trainer):
         """Write the model directory, and the fp32 weights to `output_dir`, the folder of training state."""
         if self._saving is None or output_dir is None:
             return super().save_model(output_dir, _internal_call)
-        state = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else self.model.state_dict()
+        student: Any = self.accelerator.unwrap_model(self.model)
+        # Under FSDP gathering the whole state is a collective: every rank takes part, rank 0 gets it.
+        state = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else student.state_dict()
         if self.is_world_process_zero():
-            Path(output_dir).mkdir(parents=True)
-            save_student(
-                self.accelerator.unwrap_model(self.model), state, self.dtypes, self._saving, self.run.checkpoint(0)
-            )
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            save_student(student, state, self.dtypes, self._saving, self.run.checkpoint(0))
             save_master_weights(state, self.dtypes, Path(output_dir))
         return None
 

@@ -10,7 +10,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from moe_compress.distillation.encoders import Encoder, token_dtype
+from moe_compress.distillation.encoders import Encoder, Field, token_dtype
 from moe_compress.distillation.manifest import CacheFile
 from moe_compress.files import sha256_of_file
 
@@ -47,20 +47,19 @@ def write_file(
         The file's entry for the manifest.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    layout = {"input_ids": ((), token_dtype(vocab_size))}
-    layout |= {name: (field.shape, field.dtype) for name, field in encoder.fields().items()}
+    layout = {"input_ids": Field((), token_dtype(vocab_size)), **encoder.fields()}
     try:
         with h5py.File(temporary, "w") as file:
             arrays = {
                 name: file.create_dataset(
                     # One sequence is one chunk: what a random read fetches and unpacks is what it needs.
                     name,
-                    (rows, length, *shape),
-                    dtype,
-                    chunks=(1, length, *shape),
+                    (rows, length, *field.shape),
+                    field.dtype,
+                    chunks=(1, length, *field.shape),
                     **_filters(compression),
                 )
-                for name, (shape, dtype) in layout.items()
+                for name, field in layout.items()
             }
             done = 0
             for batch in batches:
