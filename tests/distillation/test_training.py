@@ -24,7 +24,7 @@ from moe_compress.factorization.fit import FitSpec, fit
 from moe_compress.modeling import compress_in_memory, expert_weights, find_experts, load_model, load_tokenizer
 from moe_compress.run import Run
 
-from .conftest import LENGTH, MakeRun
+from .conftest import LENGTH, MakeRun, save_model
 
 # What differs between two runs that do the same.
 _TIMES = ("tokens_per_second", "time")
@@ -282,6 +282,18 @@ def test_a_live_teacher_gives_the_losses_of_a_full_cache(make_run: MakeRun, fill
     for one, other in zip(log_of(cached), log_of(live), strict=True):
         for key in ("loss", "ce", "kl"):
             assert one[key] == pytest.approx(other[key], rel=1e-3)
+
+
+def test_a_live_teacher_with_another_language_is_refused(make_run: MakeRun, tmp_path: Path, words: list[str]) -> None:
+    run = make_run()
+    teacher = run.config.distillation.teacher
+    teacher.use_cached_logits = False
+    teacher.model_path = str(save_model(tmp_path / "shuffled", 1, words[::-1]))
+    with pytest.raises(UserError, match="another tokenizer"):
+        distill(run)
+    teacher.model_path = str(save_model(tmp_path / "larger", 1, words, vocab_size=101))
+    with pytest.raises(UserError, match="vocabulary of 101 tokens, but the student one of 97"):
+        distill(run)
 
 
 def test_plain_cross_entropy_needs_no_cache(make_run: MakeRun) -> None:

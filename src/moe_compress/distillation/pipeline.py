@@ -21,6 +21,7 @@ from moe_compress.config import Config
 from moe_compress.data import packed_dataset
 from moe_compress.distillation.checkpoints import TRAINING_STATE, load_master_weights, stored_dtypes
 from moe_compress.distillation.data import TrainingOrder, collate
+from moe_compress.distillation.fingerprints import tokenizer_fingerprint
 from moe_compress.distillation.parameters import group_table, parameter_groups, set_trainable
 from moe_compress.distillation.reader import TeacherCache
 from moe_compress.distillation.stages import Stage, resolve_stages
@@ -30,6 +31,7 @@ from moe_compress.distillation.teachers import (
     TeacherSource,
     expected_header,
     load_teacher,
+    teacher_path,
     vocabulary_size,
 )
 from moe_compress.distillation.trainer import TRAIN_LOG, DistillationTrainer
@@ -68,6 +70,8 @@ def _distill(run: Run) -> None:
     world = int(os.environ.get("WORLD_SIZE", 1))
     if config.fsdp.enabled and world < 2:
         raise UserError("fsdp.enabled=true needs several processes; start with torchrun, or set fsdp.enabled=false")
+    if config.fsdp.enabled and not torch.cuda.is_available():
+        _say("note: accelerate shards on GPUs only; here every rank holds the whole model")
     source, teacher = _data_and_teacher(run)
     per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * world
     stages = resolve_stages(config.distillation, sequences=len(source), sequences_per_step=per_step)
@@ -217,15 +221,27 @@ def _data_and_teacher(run: Run) -> tuple[Any, TeacherSource | None]:
     alphas = [settings.loss.alpha if stage.alpha is None else stage.alpha for stage in settings.stages]
     needed = max(alphas, default=settings.loss.alpha) > 0
     tokenizer = load_tokenizer(str(run.checkpoint(0)), trust_remote_code=config.model.trust_remote_code)
+    vocab_size = vocabulary_size(run.checkpoint(0), config)
     if settings.teacher.use_cached_logits and needed:
-        vocab_size = vocabulary_size(run.checkpoint(0), config)
         cache = TeacherCache(run.teacher_logits_dir, expected_header(config, tokenizer, vocab_size))
         return cache, CachedTeacher(cache.encoder)
     dataset = packed_dataset(settings.dataset, tokenizer, config.seed)
     if not needed:
         return dataset, None
+    _check_live_teacher(config, tokenizer, vocab_size)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     return dataset, LiveTeacher(load_teacher(config, device))
+
+
+def _check_live_teacher(config: Config, tokenizer: Any, vocab_size: int) -> None:
+    """Refuse a teacher that does not speak the student's language; a cache says so in its manifest."""
+    path = teacher_path(config)
+    other = vocabulary_size(path, config)
+    if other != vocab_size:
+        raise UserError(f"teacher {path} has a vocabulary of {other} tokens, but the student one of {vocab_size}")
+    teachers = load_tokenizer(str(path), trust_remote_code=config.model.trust_remote_code)
+    if tokenizer_fingerprint(teachers) != tokenizer_fingerprint(tokenizer):
+        raise UserError(f"teacher {path} has another tokenizer than the student; it cannot teach it token by token")
 
 
 def _forget_lines_after(log: Path, step: int) -> None:
