@@ -6,13 +6,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_compress.factorization import FitSpec, WrapperFactors, fit, grams
-from moe_compress.factorization.closed_form_wrapper import _row_filter, _solve_side
+from moe_compress.factorization.closed_form import fit_delta
+from moe_compress.factorization.closed_form_wrapper import _row_filter, _solve_side, _WrapperFit
+from moe_compress.factorization.grams import Metric
 
 SHAPES = [(24, 32), (32, 24), (28, 28)]
 
 
 def random_experts(experts, rows, columns, seed=0):
     return torch.randn(experts, rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def well_conditioned(gram):
+    return gram + 0.1 * torch.eye(gram.shape[1]) * gram.diagonal(dim1=1, dim2=2).mean()
 
 
 def wrapper_spec(rank, **changes):
@@ -55,6 +61,22 @@ def test_side_solution_cannot_be_improved(shape):
             assert loss.item() >= best * (1 - 1e-9)
 
 
+@pytest.mark.parametrize("with_gram", [False, True])
+@pytest.mark.parametrize("shape", [(12, 16), (16, 12)])
+def test_core_step_finds_the_core_of_known_sides(random_wrapper, anisotropic_grams, shape, with_gram):
+    truth = random_wrapper(6, *shape, 2)
+    weights = truth.materialize()
+    gram = well_conditioned(anisotropic_grams(6, shape[1])) if with_gram else None
+    metric = Metric(gram)
+    delta, history = fit_delta(weights, 4, cores=1, iterations=1, metric=metric)
+    state = _WrapperFit(weights, delta, history[0], metric)
+    state.u_out, state.v_out, state.u_in, state.v_in = truth.u_out, truth.v_out, truth.u_in, truth.v_in
+    before = (state.core - truth.core).norm()
+    for _ in range(10):
+        state._improve_core()
+    assert (state.core - truth.core).norm() < 1e-2 * before
+
+
 @settings(max_examples=12, deadline=None)
 @given(
     experts=st.integers(6, 12),
@@ -68,8 +90,7 @@ def test_planted_structure_is_recovered(random_wrapper, anisotropic_grams, exper
     weights = random_wrapper(experts, *shape, side_rank, seed=seed).materialize()
     gram = None
     if with_gram:
-        gram = anisotropic_grams(experts, shape[1], seed=seed)
-        gram = gram + 0.1 * torch.eye(shape[1]) * gram.diagonal(dim1=1, dim2=2).mean()
+        gram = well_conditioned(anisotropic_grams(experts, shape[1], seed=seed))
     result = fit(weights, wrapper_spec(2 * side_rank, iterations=40), gram)
     assert isinstance(result.factors, WrapperFactors)
     assert result.relative_error < 1e-4
@@ -84,6 +105,7 @@ def test_reported_error_is_that_of_the_wrapper_and_no_better_than_a_delta(shape)
     delta = fit(weights, FitSpec(delta_rank=8, iterations=60))
     assert min(wrapper.history) == pytest.approx(wrapper.relative_error, rel=1e-3)
     assert delta.relative_error < wrapper.relative_error < 1.35 * delta.relative_error
+    assert wrapper.relative_error < 0.985 * wrapper.history[0]
 
 
 @pytest.mark.parametrize("shape", [(24, 32), (32, 24)])
