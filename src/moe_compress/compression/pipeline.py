@@ -104,7 +104,7 @@ def compress_model(
         if calibration is not None:
             _calibrate(calibration, [index for index, record in enumerate(records) if record is None], device, progress)
         complete = _fit_layers(source, settings, keys, records, calibration, writer, progress)
-        task = progress.add_task("copying other tensors", total=len(writer.copied), error="")
+        task = progress.add_task("copying the rest", total=len(writer.copied), error="")
         writer.copy_others(lambda _: progress.advance(task))
         written = writer.finish(plan)
         if written != plan.after.bytes:
@@ -211,8 +211,8 @@ def _fit_layers(
         record = records[layer.index]
         if record is None:
 
-            def show(projection: str, error: float, index: int = layer.index) -> None:
-                progress.update(task, error=f"layer {index} {projection} relative error {error:.3f}")
+            def show(projection: str, error: float) -> None:
+                progress.update(task, error=f"{projection} error {error:.3f}")
 
             grams = None if calibration is None else calibration.load(layer.index)
             tensors = source.map.load(source.checkpoint, layer)
@@ -249,8 +249,8 @@ def _made_by(source: SourceModel, name: str, settings: LayerSettings, calibratio
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
+        TextColumn("{task.description:<16}"),
+        BarColumn(bar_width=16),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),

@@ -10,6 +10,8 @@ from rich.table import Table
 
 from moe_compress.compression.planning import LayerPlan, Plan
 
+_PADDING = (0, 1, 0, 0)  # so that a row fits a terminal of 80 columns
+
 
 def _bytes(count: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
@@ -36,9 +38,10 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     projections = [projection for layer in plan.layers for projection in layer.projections]
     dtypes = " and ".join(sorted({projection.dtype for projection in projections}))
     cores = " or ".join(sorted({"a shared core" if projection.cores else "no core" for projection in projections}))
+    fitted = "on calibration data" if plan.calibrated else "on the weights"
     console.print(
-        f"The experts' projections keep {plan.ratio:.2%} of their bytes: {cores} and low-rank "
-        f"factors ({plan.parameterization}, {dtypes}), fitted {'on calibration data' if plan.calibrated else 'on the weights'}.",
+        f"The experts' projections keep {plan.ratio:.2%} of their bytes: {cores} and low-rank factors "
+        f"({plan.parameterization}, {dtypes}), fitted {fitted}.",
         highlight=False,
     )
     console.print(
@@ -55,11 +58,17 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
 
 def _layer_table(plan: Plan) -> Table:
     """One row for each projection of each run of equal layers."""
-    table = Table(title=f"{len(plan.layers)} MoE layers: {_names(plan)}", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(
+        title=f"{len(plan.layers)} MoE layers: {_names(plan)}",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=_PADDING,
+        pad_edge=False,
+    )
     for title in ("layers", "top-k", "projection"):
         table.add_column(title, no_wrap=True)
-    for title in ("out x in", "delta rank", "before", "after", "kept"):
-        table.add_column(title, justify="right")
+    for title in ("out x in", "rank R", "before", "after", "kept"):
+        table.add_column(title, justify="right", no_wrap=True)
 
     def kind(item: tuple[int, LayerPlan]) -> tuple[object, ...]:
         return item[1].top_k, tuple(item[1].projections)
@@ -88,7 +97,7 @@ def _names(plan: Plan) -> str:
 
 
 def _size_table(plan: Plan) -> Table:
-    table = Table(title="Whole model", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title="Whole model", title_justify="left", box=SIMPLE_HEAD, padding=_PADDING, pad_edge=False)
     table.add_column("")
     for title in ("before", "after", "kept"):
         table.add_column(title, justify="right")
