@@ -71,6 +71,20 @@ def test_questions_depend_on_nothing_but_the_library(tmp_path):
     }
 
 
+def test_a_line_that_the_file_has_elsewhere_is_no_distractor(tmp_path):
+    shared = [f"shared_{number} = compute({number})" for number in range(30)]
+    for number in range(40):
+        own = [f"own_{number}_{line} = compute({line})" for line in range(10)]
+        (tmp_path / f"module_{number}.py").write_text("\n".join([*own, *shared]), encoding="utf-8")
+    for path in stdlib_files("train", tmp_path):  # else no shared line would be asked for
+        path.unlink()
+    questions = stdlib.next_line_questions(tmp_path)
+    assert questions
+    for question in questions:
+        wrong = [choice for place, choice in enumerate(question["choices"]) if place != question["label"]]
+        assert not set(wrong) & set(shared)
+
+
 @torch.no_grad()
 def log_likelihood(model, tokenizer, context: str, continuation: str) -> tuple[float, bool]:
     stripped = context.rstrip()

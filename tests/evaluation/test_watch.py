@@ -42,7 +42,7 @@ def complete(run: Run) -> None:
 
 def test_watches_until_training_is_complete_and_all_is_measured(make_run, measured, student_dir):
     run = make_run(0)
-    watcher = threading.Thread(target=watch, args=(run,))
+    watcher = threading.Thread(target=watch, args=(run,), daemon=True)
     watcher.start()
     for step in (2, 4, 6):
         time.sleep(0.1)
@@ -97,7 +97,7 @@ def test_a_stale_claim_is_taken_over_and_a_live_one_is_not(make_run, measured):
     watch(run, once=True)
     assert measured == [0]
     complete(run)
-    watcher = threading.Thread(target=watch, args=(run,))
+    watcher = threading.Thread(target=watch, args=(run,), daemon=True)
     watcher.start()
     time.sleep(0.3)
     assert watcher.is_alive() and measured == [0]  # it waits for the owner of the live claim
@@ -109,7 +109,7 @@ def test_a_stale_claim_is_taken_over_and_a_live_one_is_not(make_run, measured):
 def test_watchers_share_a_run(make_run, measured):
     run = make_run(*range(0, 12, 2))
     complete(run)
-    watchers = [threading.Thread(target=watch, args=(Run.open(run.path),)) for _ in range(3)]
+    watchers = [threading.Thread(target=watch, args=(Run.open(run.path),), daemon=True) for _ in range(3)]
     for watcher in watchers:
         watcher.start()
     for watcher in watchers:

@@ -9,6 +9,7 @@ import pytest
 
 from moe_compress.evaluation.results import append_result
 from moe_compress.report import write_report
+from moe_compress.report.build import build
 from moe_compress.report.collect import collect
 from moe_compress.report.page import provenance
 from moe_compress.report.plots import bar_plot, line_plot
@@ -199,6 +200,12 @@ def test_unequal_bytes_are_said(make_run):
 
 def test_speed_below_one_is_said(make_run):
     assert "2.0x at 1 token and 0.80x at 512 tokens (below 1x is slower)" in findings(make_run())
+
+
+def test_a_task_that_was_not_measured_is_said_once(make_run):
+    (section, *_) = build(collect(make_run()))
+    lost = [line for line in section.text if "wikitext" in line]
+    assert lost == ["Task wikitext was not measured: ConnectionError: no network"]
 
 
 def test_failures_are_shown(make_run):

@@ -282,7 +282,9 @@ def _summary(record: Record) -> str:
     if "error" in record:
         return f"  {_name(record)} FAILED: {record['error']}"
     metrics = ", ".join(f"{name} {value:.4g}" for name, value in metrics_of(record).items())
-    return f"  {_name(record)}: {metrics} ({record['seconds']:.0f} s)"
+    lost = [f"\n  task {task} not measured: {entry['error']}" for task, entry in record.get("tasks", {}).items()
+            if "error" in entry]  # fmt: skip
+    return f"  {_name(record)}: {metrics} ({record['seconds']:.0f} s){''.join(lost)}"
 
 
 def _name(record: Record) -> str:

@@ -65,7 +65,13 @@ def findings(data: RunData) -> Section:
     failed = [
         f"Not measured: {record['model']} at step {record['step']}: {record['error']}" for record in data.failures()
     ]
-    return Section("findings", "Findings", text=[*sentences(data), *failed])
+    lost = {
+        f"Task {task} was not measured: {entry['error']}"
+        for record in data.results.values()
+        for task, entry in record.get("tasks", {}).items()
+        if "error" in entry
+    }
+    return Section("findings", "Findings", text=[*sentences(data), *failed, *sorted(lost)])
 
 
 def sizes(data: RunData) -> Section:
