@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers import OlmoeConfig
@@ -15,6 +17,7 @@ from moe_compress.evaluation.bench import bench, bench_layers
 from moe_compress.evaluation.speed import (
     CORE,
     SVD,
+    cut_to_aligned_ranks,
     layer_inputs,
     layer_speed,
     model_speed,
@@ -23,7 +26,7 @@ from moe_compress.evaluation.speed import (
     same_bytes_layout,
 )
 from moe_compress.evaluation.timing import time_interleaved
-from moe_compress.modeling import find_experts
+from moe_compress.modeling import find_experts, find_shared_cores
 
 from .conftest import make_model, mean_core
 
@@ -86,6 +89,15 @@ def test_svd_gets_the_bytes_of_the_core_and_no_more():
     assert size[1] <= size[0]
     one_more = {name: {"delta_rank": own["delta_rank"] + 8, "cores": 0} for name, own in layout.items()}
     assert sum(p.nbytes for p in random_layer(original, one_more).parameters()) > size[0]
+
+
+def test_ranks_are_cut_to_multiples_of_eight():
+    model = mean_core(make_model(), rank=13, cores=0)
+    cut = cut_to_aligned_ranks(copy.deepcopy(model))
+    before, after = (next(iter(find_shared_cores(each).values())).factors("down_proj") for each in (model, cut))
+    assert (before.delta_rank, after.delta_rank) == (13, 8)
+    assert torch.equal(before.delta_out[..., :8], after.delta_out)
+    assert torch.equal(before.delta_in[:, :8], after.delta_in)
 
 
 @pytest.fixture
@@ -160,7 +172,7 @@ def test_bench_prints_and_returns_tables(config, student_dir, capsys, monkeypatc
     found = bench(config)
     assert found["layers"][0]["layouts"][CORE]["down_proj"]["delta_rank"] == 8
     printed = capsys.readouterr().out
-    assert "per-expert SVD" in printed and "Whole model" in printed and f"{torch.get_num_threads()} threads" in printed
+    assert "per-expert SVD" in printed and "Whole model" in printed and f"{torch.get_num_threads()} thread" in printed
     assert {row["variant"] for row in found["model"]["rows"]} > {CORE, "original, grouped_mm"}
 
 

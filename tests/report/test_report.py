@@ -115,7 +115,7 @@ def test_markdown_and_json_hold_the_same_figures(make_run):
     assert "| **shared core, distilled** | **4.48 ± 0.05** |" in markdown
     assert "    def <b>teacher</b>(self):" in markdown
     data = read_json(run)
-    assert data["tables"]["Quality"]["rows"][2][1] == "4.48 ± 0.05"
+    assert data["tables"]["Held-out text and tasks"]["rows"][2][1] == "4.48 ± 0.05"
     assert data["shared_core_against_svd"]["distilled"]["winner"] == "shared core"
     assert data["shared_core_against_svd"]["distilled"]["difference"] == pytest.approx(0.1)
     assert {(entry["model"], entry["step"]) for entry in data["results"]} == {
@@ -127,7 +127,13 @@ def test_the_summary_is_printed(make_run, capsys):
     run = make_run()
     write_report(run)
     printed = capsys.readouterr().out
-    for text in ("Size", "Quality", "One MoE layer", "beats plain per-expert SVD", str(run.path / "report.html")):
+    for text in (
+        "Size",
+        "Held-out text and tasks",
+        "One MoE layer",
+        "beats plain per-expert SVD",
+        str(run.path / "report.html"),
+    ):
         assert text in printed.replace("\n", " ") or text in printed
 
 
@@ -235,7 +241,7 @@ def test_figures_draw_what_they_are_given():
     )
     assert all(f">{text}</text>" in plot for text in ("step", "loss", "a", "b", "c"))
     assert plot.startswith("<svg") and plot.endswith("</svg>") and "currentColor" in plot and "#010203" not in plot
-    bars = bar_plot("two", ["x", "y"], {"a": [1.0, 2.5]}, y="speed", unit="x")
+    bars = bar_plot("two", ["x", "y"], {"a": [1.0, 2.5]}, y="speed", unit="x", level=1.0)
     assert ">2.5x</text>" in bars and 'id="two-' in bars and 'id="one-' not in bars
 
 

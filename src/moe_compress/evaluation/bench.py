@@ -219,7 +219,8 @@ def model_table(speed: Mapping[str, Any], found: Mapping[str, Any]) -> Table:
 def _conditions(found: Mapping[str, Any]) -> str:
     machine = found["machine"]
     where = machine["cpu"] if found["device"] == "cpu" else f"{found['device']} ({', '.join(machine['gpus'])})"
-    return f"{found['dtype']}, {where}, {machine['threads']} threads, torch {machine['versions'].get('torch')}"
+    threads = f"{machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
+    return f"{found['dtype']}, {where}, {threads}, torch {machine['versions'].get('torch')}"
 
 
 def _whole_models(config: Config, *, compressed: bool, device: torch.device) -> tuple[Any, dict[str, Any]] | None:

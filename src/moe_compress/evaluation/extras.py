@@ -14,6 +14,7 @@ from moe_compress.evaluation.samples import write_samples
 from moe_compress.evaluation.speed import (
     CORE,
     SVD,
+    cut_to_aligned_ranks,
     layer_speed,
     model_speed,
     random_layer,
@@ -96,6 +97,8 @@ def measure_speed(run: Run, paths: Mapping[Key, Path]) -> None:
     compressed = {CORE: models["student"]} | ({SVD: models["svd"]} if svd else {})
     for model in compressed.values():
         fold_in_memory(model)
+    if svd:
+        cut_to_aligned_ranks(compressed[SVD])
     facts = find_experts(models["teacher"])[0]
     layers = {name: find_shared_cores(model)[facts.name] for name, model in compressed.items()}
     if not svd:

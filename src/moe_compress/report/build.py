@@ -115,7 +115,7 @@ def quality(data: RunData) -> Section:
             series["per-expert SVD"] = _points(baseline, "perplexity")
         teacher = data.teacher()
         levels = {"original": teacher["perplexity"]} if teacher and teacher.get("perplexity") else {}
-        svg = line_plot("perplexity", series, x="step", y="perplexity", levels=levels, markers=True)
+        svg = line_plot("perplexity", series, x="step", y="perplexity", levels=levels, markers=True, whole_numbers=True)
         section.figures.append(Figure(svg, "Perplexity on held-out text over the steps of the distillation."))
     if len(students) > 2:
         section.details.append(checkpoint_table(students, data.best))
@@ -179,7 +179,7 @@ def training(data: RunData) -> Section:
             continue
         labels = {"loss": "blended loss", "ce": "cross-entropy", "kl": "KL to the teacher"}
         series = {label: _points(lines, key) for key, label in labels.items() if any(key in line for line in lines)}
-        svg = line_plot(f"training-{name}", series, x="step", y="nats per token")
+        svg = line_plot(f"training-{name}", series, x="step", y="nats per token", whole_numbers=True)
         rates = sorted(line["tokens_per_second"] for line in lines if line.get("tokens_per_second"))
         pace = f" {significant(rates[len(rates) // 2])} tokens per second (median)." if rates else ""
         section.figures.append(Figure(svg, f"{title}: training loss, {lines[-1]['step']} steps.{pace}"))
@@ -200,7 +200,7 @@ def speed(data: RunData) -> Section:
         series = {name: [speedups[name, number] for number in tokens] for name in names}
         if names:
             groups = [f"{number:,} token{'s' if number > 1 else ''}" for number in tokens]
-            svg = bar_plot("speedup", groups, series, y="speed, original = 1", unit="x")
+            svg = bar_plot("speedup", groups, series, y="speed, original = 1", unit="x", level=1.0)
             caption = "One MoE layer: time of the fastest original implementation over that of the compressed layer."
             section.figures.append(Figure(svg, caption))
     if model and model.get("rows"):

@@ -57,7 +57,7 @@ def quality_table(rows: list[tuple[str, Record]]) -> Table:
     first = rows[0][1]
     note = f"{first['tokens']:,} held-out tokens in {first['sequences']} sequences; ± is the standard error."
     emphasis = [index for index, (name, _) in enumerate(rows) if name == "shared core, distilled"]
-    return Table("Quality", columns, cells, note, emphasis)
+    return Table("Held-out text and tasks", columns, cells, note, emphasis)
 
 
 def _primary_metric(entry: dict[str, Any]) -> str | None:
@@ -111,13 +111,19 @@ def layer_table(layer: dict[str, Any], speed: dict[str, Any]) -> Table:
     where = machine["cpu"] if speed["device"] == "cpu" else ", ".join(machine["gpus"])
     note = (
         f"{layer['experts']} experts, {layer['top_k']} per token, hidden {layer['hidden_size']}, intermediate "
-        f"{layer['intermediate_size']}; {speed['dtype']} on {where}, {machine['threads']} threads; median (quartiles), "
+        f"{layer['intermediate_size']}; {speed['dtype']} on {where}, {threads(machine)}; median (quartiles), "
         "interleaved; speed is against the fastest original."
     )
-    if speed.get("svd_values") == "random":
-        note += " Per-expert SVD: random factors of the same bytes."
+    if any(row["variant"] == "per-expert SVD" for row in layer["rows"]):
+        values = "random factors" if speed.get("svd_values") == "random" else "the factors of the baseline"
+        note += f" Per-expert SVD: {values}, at most the same bytes, ranks cut to multiples of 8."
     emphasis = [index for index, variant in enumerate(variants) if variant == "shared core"]
     return Table("One MoE layer", columns, rows, note, emphasis)
+
+
+def threads(machine: dict[str, Any]) -> str:
+    """`2 threads`."""
+    return f"{machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
 
 
 def model_table(model: dict[str, Any]) -> Table:

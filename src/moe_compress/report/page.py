@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from moe_compress.run import Run
 
 STAGE = "report"
-SUMMARY = ("Size", "Quality", "One MoE layer", "Whole model")
+SUMMARY = ("Size", "Held-out text and tasks", "One MoE layer", "Whole model")
 
 
 def write_report(run: Run) -> None:

@@ -83,13 +83,21 @@ def line_plot(
         if whole_numbers:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(series) + len(levels or {}) > 1:
-            axes.legend()
+            _legend(axes)
 
     return _svg(name, draw)
 
 
-def bar_plot(name: str, groups: Sequence[str], series: Mapping[str, Sequence[float]], *, y: str, unit: str = "") -> str:
-    """Groups of bars with their values above them; see `line_plot` for `name`."""
+def bar_plot(
+    name: str,
+    groups: Sequence[str],
+    series: Mapping[str, Sequence[float]],
+    *,
+    y: str,
+    unit: str = "",
+    level: float | None = None,
+) -> str:
+    """Groups of bars with their values above them and a dashed line at `level`; see `line_plot` for `name`."""
 
     def draw(axes: Axes) -> None:
         width = 0.8 / max(1, len(series))
@@ -97,13 +105,22 @@ def bar_plot(name: str, groups: Sequence[str], series: Mapping[str, Sequence[flo
             places = [group + (number - (len(series) - 1) / 2) * width for group in range(len(groups))]
             bars = axes.bar(places, values, width * 0.92, label=label, color=COLOURS[number % len(COLOURS)])
             axes.bar_label(bars, labels=[f"{value:.3g}{unit}" for value in values], fontsize=8, padding=2)
+        if level is not None:
+            axes.axhline(level, color=_INK, linestyle="--", linewidth=1.0)
         axes.set_xticks(range(len(groups)), groups)
         axes.set_ylabel(y)
         axes.grid(visible=False, axis="x")
         axes.margins(y=0.15)
-        axes.legend()
+        _legend(axes)
 
     return _svg(name, draw)
+
+
+def _legend(axes: Axes) -> None:
+    """Above the axes, where it covers no data."""
+    figure = axes.get_figure()
+    assert isinstance(figure, Figure)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=3, borderaxespad=0.2)
 
 
 def _svg(name: str, draw: Callable[[Axes], None], inches: tuple[float, float] = (7.2, 3.4)) -> str:
