@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,10 +68,14 @@ def test_fsdp2_computes_in_the_type_of_its_policy(all_saved: dict[tuple[str, str
         assert model.model.layers[0].mlp.experts.down_proj_u_in.dtype == torch.float32 if kind == "wrapper" else True
 
 
+@pytest.mark.parametrize("loaded", [True, False])
 def test_ddp_trains_although_all_parameters_are_asked_for(
-    all_saved: dict[tuple[str, str], Path], variant: str, ids: Tensor
+    all_saved: dict[tuple[str, str], Path], tiny_model: Any, compressed: Any, variant: str, ids: Tensor, loaded: bool
 ) -> None:
-    plain, parallel = (
-        AutoModelForCausalLM.from_pretrained(all_saved["mixtral", variant]).requires_grad_(True) for _ in range(2)
-    )
+    def make() -> Any:
+        if loaded:
+            return AutoModelForCausalLM.from_pretrained(all_saved["mixtral", variant])
+        return compressed(tiny_model("mixtral"), variant)
+
+    plain, parallel = (make().requires_grad_(True) for _ in range(2))
     assert train(DistributedDataParallel(parallel), ids) == pytest.approx(train(plain, ids), rel=1e-4)

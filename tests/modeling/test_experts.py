@@ -265,6 +265,20 @@ def test_a_padding_token_may_hold_nan(path: str) -> None:
         assert value.isfinite().all(), name
 
 
+def test_padding_is_not_sent_through_an_expert(path: str) -> None:
+    """Here any expert that the token was not routed to would overflow, and infinity times zero is not a number."""
+    replacement = shared(original("gated", torch.float16))
+    with torch.no_grad():
+        for name in ("gate_up_proj_delta_in", "gate_up_proj_delta_out"):
+            replacement.get_parameter(name)[1:] = 6e4
+    hidden, _, weights = route(4, 2)
+    index = torch.tensor([[0, EXPERTS]] * 4)
+    out, found = gradients(replacement, replacement, (hidden.half(), index, weights.half()))
+    assert out.isfinite().all()
+    for name, value in found.items():
+        assert value.isfinite().all(), name
+
+
 def test_the_forward_pass_never_waits_for_the_device() -> None:
     """On the meta device reading a value raises; so would a loop over experts or a synchronization."""
     module = original("gpt_oss", torch.bfloat16).to("meta")

@@ -9,6 +9,7 @@ For token n routed to experts e with weights g_e, and W_e = C + A_e B_e on both 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,15 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_compress.errors import UserError
-from moe_compress.factorization.factors import DeltaFactors, Factors
+from moe_compress.factorization.factors import Factors, WrapperFactors
 from moe_compress.modeling.find import describe_experts, up_projection
 from moe_compress.modeling.routing import choose_routing
 from moe_compress.modeling.tensors import (
     Parameterization,
+    cast_factors,
     factor_shapes,
     factor_tensors,
     factors_from_tensors,
     layout_of,
+    stored_dtype,
+    working_dtype,
 )
 
 # What a module's dictionary holds that belongs to that one instance: torch's own state, hooks that accelerate put
@@ -45,6 +49,10 @@ class SharedCoreExperts(nn.Module):
         P_bias: [E, out], where the original has biases.
     """
 
+    has_gate: bool
+    is_transposed: bool
+    config: Any
+
     def __init__(
         self, original: nn.Module, layout: dict[str, dict[str, int]], parameterization: Parameterization = "delta"
     ) -> None:
@@ -63,7 +71,7 @@ class SharedCoreExperts(nn.Module):
             raise UserError(
                 f"{type(original).__name__} has the projections {sorted(facts.projections)}, not {sorted(layout)}"
             )
-        self.original_class = type(original)
+        self.original_class: Any = type(original)
         self.parameterization: Parameterization = parameterization
         self.num_experts: int = facts.num_experts
         copy_attributes(original, self)
@@ -117,16 +125,14 @@ class SharedCoreExperts(nn.Module):
         """Replace wrappers by the core and delta they stand for, in place; nothing to do for a delta."""
         for projection in self.projections if self.parameterization == "wrapper" else ():
             wrapper = self.factors(projection)
-            trainable, dtype = wrapper.u_out.requires_grad, wrapper.core.dtype  # type: ignore[union-attr]
+            assert isinstance(wrapper, WrapperFactors)
+            delta = cast_factors(cast_factors(wrapper, working_dtype(wrapper)).fold(), stored_dtype(wrapper))
             for name in factor_tensors(projection, wrapper):
                 if name != projection:
                     delattr(self, name)
-            # Stored in 16 bits, the products are still formed in fp32 and rounded once.
-            working = torch.promote_types(dtype, torch.float32)
-            raised = type(wrapper)(**{name: value.to(working) for name, value in vars(wrapper).items()})
-            for name, tensor in factor_tensors(projection, raised.fold()).items():
+            for name, tensor in factor_tensors(projection, delta).items():
                 if name != projection:
-                    self.register_parameter(name, nn.Parameter(tensor.to(dtype), requires_grad=trainable))
+                    self.register_parameter(name, nn.Parameter(tensor, requires_grad=wrapper.u_out.requires_grad))
         self.parameterization = "delta"
         return self
 
@@ -134,9 +140,7 @@ class SharedCoreExperts(nn.Module):
     def materialize(self, projection: str) -> Tensor:
         """The dense weights [E, out, in] of one projection, computed in fp32 and rounded once to the stored dtype."""
         factors = self.factors(projection)
-        working = torch.promote_types(self.down_proj.dtype, torch.float32)
-        values = {name: value if value is None else value.to(working) for name, value in vars(factors).items()}
-        return type(factors)(**values).materialize().to(self.down_proj.dtype)
+        return cast_factors(factors, working_dtype(factors)).materialize().to(stored_dtype(factors))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The weighted sum of each token's experts; the signature of Transformers' experts.
@@ -154,23 +158,23 @@ class SharedCoreExperts(nn.Module):
         up_name, down_name = self.projections
         up, down = self.factors(up_name).fold(), self.factors(down_name).fold()
         dtype = _compute_dtype(hidden_states.device.type, up.delta_in.dtype)
-        up, down = _cast(up, dtype), _cast(down, dtype)
+        up, down = cast_factors(up, dtype), cast_factors(down, dtype)
         values_per_expert = max(side.delta_in[0].numel() + side.delta_out[0].numel() for side in (up, down))
         routing = choose_routing(values_per_expert, top_k_index, top_k_weights, self.num_experts)
 
         # A token without any expert may hold anything, even NaN; it must not reach the core, nor its gradient.
         tokens = hidden_states.to(dtype).masked_fill(routing.padded.all(dim=1, keepdim=True), 0.0)
-        inner = routing.low_rank(tokens[routing.tokens], up.delta_in, up.delta_out)
+        inner = routing.low_rank(routing.spread(tokens), up.delta_in, up.delta_out)
         if up.core is not None:
-            inner = inner + F.linear(tokens, up.core)[routing.tokens]
+            inner = inner + routing.spread(F.linear(tokens, up.core))
         bias = self.bias(up_name)
         if bias is not None:
-            inner = inner + bias.to(dtype)[routing.experts]
+            inner = inner + bias.to(dtype).index_select(0, routing.experts)
         weighted = (self._gate(inner) * routing.weights).to(dtype)
 
-        out = routing.sum_rows(routing.low_rank(weighted, down.delta_in, down.delta_out))
+        out = routing.collect(routing.low_rank(weighted, down.delta_in, down.delta_out))
         if down.core is not None:
-            out = out + F.linear(routing.sum_rows(weighted), down.core)
+            out = out + F.linear(routing.collect(weighted), down.core)
         bias = self.bias(down_name)
         if bias is not None:
             out = out + F.linear(routing.dense_weights.to(dtype), bias.to(dtype).mT)
@@ -178,8 +182,8 @@ class SharedCoreExperts(nn.Module):
 
     def _gate(self, inner: Tensor) -> Tensor:
         """The original's gate, [S, G*I] to [S, I]."""
-        gate: Any = self.original_class._apply_gate if self.has_gate else None
-        return gate(self, inner) if gate is not None else self.act_fn(inner)  # type: ignore[operator]
+        activate: Any = self.act_fn if not self.has_gate else partial(self.original_class._apply_gate, self)
+        return activate(inner)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
@@ -194,11 +198,6 @@ def _compute_dtype(device_type: str, stored: torch.dtype) -> torch.dtype:
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return stored
-
-
-def _cast(factors: DeltaFactors, dtype: torch.dtype) -> DeltaFactors:
-    core = None if factors.core is None else factors.core.to(dtype)
-    return DeltaFactors(core, factors.delta_out.to(dtype), factors.delta_in.to(dtype))
 
 
 def copy_attributes(source: nn.Module, target: nn.Module) -> None:

@@ -55,12 +55,12 @@ def is_experts(module: nn.Module) -> bool:
     return all(mark in module.__dict__ for mark in _MARKS) and not hasattr(module, "original_class")
 
 
-def up_projection(module: nn.Module) -> str:
+def up_projection(module: Any) -> str:
     """The name of the first projection: `gate_up_proj`, or `up_proj` where there is no gate."""
     return "gate_up_proj" if module.has_gate else "up_proj"
 
 
-def describe_experts(name: str, module: nn.Module) -> ExpertsModule:
+def describe_experts(name: str, module: Any) -> ExpertsModule:
     """The facts of one experts module.
 
     Raises:
@@ -120,19 +120,26 @@ def find_experts(model: nn.Module) -> list[ExpertsModule]:
     label = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
     if any(hasattr(module, "original_class") for module in model.modules()):
         raise UserError(f"{label} is compressed already; give the original model")
+    for name, module in model.named_modules():
+        if "expert" in type(module).__name__.lower():  # for the message only
+            raise UserError(
+                f"{label} ({type(model).__name__}) has experts ({type(module).__name__} at {name}) that do not take "
+                "part in Transformers' experts interface, so that nothing is known of their layout and their forward pass; "
+                "this architecture cannot be compressed"
+            )
     raise UserError(
         f"{label} ({type(model).__name__}) has no experts module of Transformers' experts interface: it is a dense "
         "model, or an MoE without that interface; give a Mixture-of-Experts model such as Mixtral, Qwen3-MoE or OLMoE"
     )
 
 
-def expert_weights(module: nn.Module) -> dict[str, Tensor]:
+def expert_weights(module: Any) -> dict[str, Tensor]:
     """The weights of an original experts module as [E, out, in], detached views where the layout allows it."""
     names = (up_projection(module), "down_proj")
     return {name: to_native(getattr(module, name).detach(), module.is_transposed) for name in names}
 
 
-def set_expert_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:
+def set_expert_weights(module: Any, weights: dict[str, Tensor]) -> None:
     """Write weights [E, out, in] into an original experts module, in its own layout and dtype.
 
     Raises:

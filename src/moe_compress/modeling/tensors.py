@@ -7,16 +7,19 @@ stands there for the same reason.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from moe_compress.errors import UserError
 from moe_compress.factorization.factors import DeltaFactors, Factors, WrapperFactors
 
 Parameterization = Literal["delta", "wrapper"]
-_DELTA = ("delta_out", "delta_in")
-_WRAPPER = ("u_out", "v_out", "u_in", "v_in")
+_DELTA: tuple[str, ...] = ("delta_out", "delta_in")
+_WRAPPER: tuple[str, ...] = ("u_out", "v_out", "u_in", "v_in")
 
 
 def factor_tensors(projection: str, factors: Factors) -> dict[str, Tensor]:
@@ -27,23 +30,37 @@ def factor_tensors(projection: str, factors: Factors) -> dict[str, Tensor]:
         delta_out [E, out, R], delta_in [E, R, in] or u_out, v_out [E, out, r], u_in, v_in [E, in, r].
     """
     if isinstance(factors, WrapperFactors):
-        tensors = {projection: factors.core}
-        names = _WRAPPER
+        core, names = factors.core, _WRAPPER
     else:
         empty = factors.delta_in.new_empty(0, factors.delta_in.shape[2])
-        tensors = {projection: empty if factors.core is None else factors.core}
-        names = _DELTA
-    tensors |= {f"{projection}_{name}": getattr(factors, name) for name in names}
+        core, names = (empty if factors.core is None else factors.core), _DELTA
+    tensors = {projection: core} | {f"{projection}_{name}": getattr(factors, name) for name in names}
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def factors_from_tensors(projection: str, tensors: Any) -> Factors:
-    """The inverse of `factor_tensors`; `tensors` is anything with `get`, such as a dict or a module's parameters."""
-    core = tensors.get(projection)
-    if tensors.get(f"{projection}_u_out") is not None:
-        return WrapperFactors(core, *(tensors.get(f"{projection}_{name}") for name in _WRAPPER))
-    delta_out, delta_in = (tensors.get(f"{projection}_{name}") for name in _DELTA)
+def factors_from_tensors(projection: str, tensors: Mapping[str, Tensor]) -> Factors:
+    """The inverse of `factor_tensors`; `tensors` may hold more."""
+    core = tensors[projection]
+    if f"{projection}_u_out" in tensors:
+        return WrapperFactors(core, *(tensors[f"{projection}_{name}"] for name in _WRAPPER))
+    delta_out, delta_in = (tensors[f"{projection}_{name}"] for name in _DELTA)
     return DeltaFactors(core if core.shape[0] else None, delta_out, delta_in)
+
+
+def cast_factors(factors: Factors, dtype: torch.dtype) -> Any:
+    """The same factors, of the same class, in another dtype."""
+    values = {field.name: getattr(factors, field.name) for field in fields(factors)}
+    return replace(factors, **{name: value.to(dtype) for name, value in values.items() if value is not None})
+
+
+def stored_dtype(factors: Factors) -> torch.dtype:
+    """The dtype the factors are in."""
+    return (factors.u_out if isinstance(factors, WrapperFactors) else factors.delta_out).dtype
+
+
+def working_dtype(factors: Factors) -> torch.dtype:
+    """What products of factors are formed in, to be rounded once: fp32 for 16-bit factors."""
+    return torch.promote_types(stored_dtype(factors), torch.float32)
 
 
 def factor_shapes(
