@@ -49,6 +49,9 @@ class CalibrationConfig:
     enabled: bool = setting(True, "Fit on activations; false fits on the weights alone.")
     shrinkage: float = setting(0.1, "How far each expert's Gram matrix is moved towards the mean of its layer.")
     batch_size: int = setting(4, "Sequences per forward pass.")
+    sequential: bool = setting(
+        False, "Later layers see the outputs of the layers already compressed; fits one layer after another."
+    )
     dataset: DatasetConfig = setting(lambda: DatasetConfig(max_samples=64), "Text to calibrate on.")
 
 
@@ -72,6 +75,12 @@ class CompressionConfig:
     )
     cores: int = setting(
         1, "Cores per layer and projection: 1 shared core, 0 none (plain low-rank per expert).", (0, 1)
+    )
+    allocation: str = setting(
+        "uniform",
+        "Ranks from a budget: uniform (the same share of the bytes for every projection) or greedy (where they lower "
+        "the error most, measured on the weights).",
+        ("uniform", "greedy"),
     )
     alignment: str = setting(
         "weights", "Permute each expert's neurons towards the core before fitting.", ("none", "weights")

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from moe_compress.compression.allocate import Ranks, allocate_ranks
 from moe_compress.compression.calibrate import Calibration
 from moe_compress.compression.layer import LayerSettings, fit_layer, layer_input
 from moe_compress.compression.plan_table import print_plan
@@ -47,7 +48,10 @@ def compress(run: Run) -> None:
         return
     with run.stage(STAGE):
         source = open_model(run.config.model)
-        plan = make_plan(source, run.config)
+        ranks = None
+        if run.config.compression.allocation == "greedy":
+            ranks = _allocate(run, source, fit_device(run.config), console)
+        plan = make_plan(source, run.config, ranks)
         check_plan(plan)
         target = run.checkpoint(0)
         if not target.exists():
@@ -64,6 +68,16 @@ def compress(run: Run) -> None:
         write_json(run.path / "compression.json", facts)
         run.record(STAGE, source=str(source.path), source_fingerprint=source.checkpoint.fingerprint, **facts["totals"])
         shutil.rmtree(_calibration_dir(run), ignore_errors=True)
+
+
+def _allocate(run: Run, source: SourceModel, device: torch.device, console: Console) -> Ranks:
+    """Measure how to divide the budget, or read what was measured before."""
+    with _progress(console) as progress:
+        task = progress.add_task("measuring errors", total=None, error="")
+        file = run.path / "allocation.json"
+        return allocate_ranks(
+            source, run.config, file, device, lambda done, total: progress.update(task, completed=done, total=total)
+        )
 
 
 def compress_model(

@@ -48,6 +48,21 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         f"Expected peak memory {_bytes(plan.peak_bytes)} ({plan.peak_stage}); disk {_bytes(plan.disk_bytes)}.",
         highlight=False,
     )
+    if plan.provisional:
+        console.print(
+            "compression.allocation=greedy: the bytes are an upper limit; how they are divided among layers and "
+            "projections is measured by compress, so that its ranks will differ from these.",
+            highlight=False,
+        )
+    slower = [layer for layer in plan.layers if layer.arithmetic > 1]
+    if slower:
+        worst = max(slower, key=lambda layer: layer.arithmetic)
+        console.print(
+            f"[yellow]{len(slower)} of {len(plan.layers)} MoE layers need more multiply-adds per token than before "
+            f"({worst.arithmetic:.2f} times in {worst.name}): expect them to be smaller but slower. "
+            "A lower rank, or compression.cores=0 where few experts are used per token, avoids it.[/yellow]",
+            highlight=False,
+        )
     if plan.unused:
         console.print(
             f"{len(plan.unused)} tensors are not loaded by this architecture and are copied as they are "

@@ -75,6 +75,12 @@ class LayerPlan:
         return self.bias_bytes_after + sum(projection.bytes_after for projection in self.projections)
 
     @property
+    def arithmetic(self) -> float:
+        """Multiply-adds of the experts for one token, as a share of those before; above 1 the layer may be slower."""
+        before = sum(projection.active_before(self.top_k) for projection in self.projections)
+        return sum(projection.active_after(self.top_k) for projection in self.projections) / before
+
+    @property
     def active_bias(self) -> int:
         """Bias values used for one token."""
         return self.top_k * self.bias_values // self.projections[0].experts
@@ -100,6 +106,7 @@ class Plan:
         unused: tensors of the source that the model does not load; they are copied as they are.
         peak_bytes: expected peak of main memory (and of the device, where the two differ).
         disk_bytes: disk needed while it runs: the compressed checkpoint and the cached Gram matrices.
+        provisional: whether the ranks stand for others, which `compress` will choose within the same bytes.
     """
 
     model: str
@@ -114,6 +121,7 @@ class Plan:
     peak_bytes: int
     disk_bytes: int
     peak_stage: str = field(default="fit")
+    provisional: bool = False
 
     @property
     def ratio(self) -> float:
@@ -141,10 +149,17 @@ def plan(config: Config) -> Plan:
     return result
 
 
-def make_plan(source: SourceModel, config: Config) -> Plan:
-    """Choose the ranks and count everything. Nothing is checked for sense: see `check_plan`."""
+def make_plan(source: SourceModel, config: Config, ranks: dict[tuple[str, str], int] | None = None) -> Plan:
+    """Count everything. Nothing is checked for sense: see `check_plan`.
+
+    Args:
+        ranks: delta rank of each (module name, projection), as `allocate_ranks` measures them; None takes the same
+            share of the bytes everywhere.
+    """
     settings = config.compression
-    ranks = choose_ranks(source.map.layers, config)
+    provisional = ranks is None and settings.allocation == "greedy"
+    if ranks is None:
+        ranks = choose_ranks(source.map.layers, config)
     layers = [_layer_plan(layer, source, config, ranks) for layer in source.map.layers]
     model = source.map.model
     embeddings = _embedding_parameters(model)
@@ -195,6 +210,7 @@ def make_plan(source: SourceModel, config: Config) -> Plan:
         peak_bytes=peaks[stage],
         disk_bytes=after.bytes + grams,
         peak_stage=stage,
+        provisional=provisional,
     )
 
 

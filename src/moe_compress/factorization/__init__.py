@@ -1,6 +1,7 @@
 """Factorization of experts into a shared core and low-rank deltas: pure tensors, no Transformers."""
 
 from moe_compress.factorization.align import align_neurons, neuron_rows, permute_columns, permute_neurons, permute_rows
+from moe_compress.factorization.allocation import error_curve, greedy_ranks
 from moe_compress.factorization.budget import check_rank, largest_rank, projection_bytes, uniform_ranks
 from moe_compress.factorization.factors import DeltaFactors, Factors, WrapperFactors
 from moe_compress.factorization.fit import METHODS, FitResult, FitSpec, fit
@@ -15,7 +16,9 @@ __all__ = [
     "WrapperFactors",
     "align_neurons",
     "check_rank",
+    "error_curve",
     "fit",
+    "greedy_ranks",
     "largest_rank",
     "neuron_rows",
     "permute_columns",

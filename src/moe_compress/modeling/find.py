@@ -123,8 +123,8 @@ def find_experts(model: nn.Module) -> list[ExpertsModule]:
     for name, module in model.named_modules():
         if "expert" in type(module).__name__.lower():  # for the message only
             raise UserError(
-                f"{label} ({type(model).__name__}) has experts ({type(module).__name__} at {name}) that do not take "
-                "part in Transformers' experts interface, so that nothing is known of their layout and their forward pass; "
+                f"{label} ({type(model).__name__}) has experts ({type(module).__name__} at {name}) outside of "
+                "Transformers' experts interface, so that nothing is known of their layout and their forward pass; "
                 "this architecture cannot be compressed"
             )
     raise UserError(

@@ -1,0 +1,129 @@
+"""Ranks chosen by measuring: one pass over the weights gives every projection's error at every rank.
+
+The norm is that of the weights (after alignment), not of calibration data: what later layers see depends on how the
+earlier ones were compressed, so that it does not exist before the ranks do.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moe_compress.compression.layer import LayerInput, layer_input
+from moe_compress.compression.ranks import choose_ranks, projections_budget, value_width
+from moe_compress.compression.source import SourceModel
+from moe_compress.config import Config
+from moe_compress.errors import UserError
+from moe_compress.factorization import align_neurons, error_curve, greedy_ranks, permute_columns, permute_rows
+from moe_compress.files import fingerprint, write_json
+
+Ranks = dict[tuple[str, str], int]  # (module name, projection) to delta rank
+
+
+def allocate_ranks(
+    source: SourceModel,
+    config: Config,
+    file: Path,
+    device: torch.device,
+    on_layer: Callable[[int, int], None] = lambda done, total: None,
+) -> Ranks:
+    """The delta rank of every projection by `compression.allocation=greedy`, under the budget of the uniform choice.
+
+    Args:
+        file: JSON file that keeps the choice and the errors it expects; read instead of measuring again if it belongs
+            to the same model and settings.
+        on_layer: called with layers done and layers in all.
+
+    Raises:
+        UserError: the budget cannot be reached; NaN or infinity in the weights.
+    """
+    settings = config.compression
+    uniform = choose_ranks(source.map.layers, config)  # refuses what cannot be reached
+    budget = projections_budget(source.map.layers, config, uniform)
+    key = fingerprint(
+        {
+            "source": source.checkpoint.fingerprint,
+            "budget": budget,
+            "dtype": settings.dtype,
+            "settings": [settings.cores, settings.rank_multiple, settings.parameterization, settings.alignment],
+        }
+    )
+    kept = _read(file, key)
+    if kept is not None:
+        return kept
+    names = {f"{module}.{projection}": (module, projection) for module, projection in uniform}
+    shapes, curves = {}, {}
+    for layer in source.map.layers:
+        measured = layer_curves(
+            layer_input(layer.experts, source.map.load(source.checkpoint, layer)),
+            cores=settings.cores,
+            alignment=settings.alignment,
+            device=device,
+        )
+        for projection, curve in measured.items():
+            shapes[f"{layer.name}.{projection}"] = layer.experts.projections[projection]
+            curves[f"{layer.name}.{projection}"] = curve.tolist()
+        on_layer(layer.index + 1, len(source.map.layers))
+    found = greedy_ranks(
+        curves,
+        shapes,
+        budget=budget,
+        cores=settings.cores,
+        bytes_per_value=value_width(source.map.layers, config),
+        rank_multiple=settings.rank_multiple,
+        parameterization=settings.parameterization,
+    )
+    write_json(
+        file,
+        {
+            "made_by": key,
+            "budget": budget,
+            "projections": {
+                name: {
+                    "module": names[name][0],
+                    "projection": names[name][1],
+                    "delta_rank": rank,
+                    "uniform_delta_rank": uniform[names[name]],
+                    "expected_error": curves[name][rank],
+                    "uniform_expected_error": curves[name][min(uniform[names[name]], len(curves[name]) - 1)],
+                }
+                for name, rank in found.items()
+            },
+        },
+    )
+    return {names[name]: rank for name, rank in found.items()}
+
+
+def layer_curves(layer: LayerInput, *, cores: int, alignment: str, device: torch.device) -> dict[str, Tensor]:
+    """The error of each projection of a layer at every delta rank, see `error_curve`."""
+    weights = {name: weight.to(device) for name, weight in layer.weights.items()}
+    if alignment == "weights":
+        weights = aligned(weights, interleaved=layer.interleaved)
+    return {name: error_curve(weight, cores=cores) for name, weight in weights.items()}
+
+
+def aligned(weights: dict[str, Tensor], *, interleaved: bool) -> dict[str, Tensor]:
+    """Both projections [E, out, in] of a layer with their neurons aligned over the experts."""
+    up, down = weights  # in the order of the computation
+    gates = 1 if up == "up_proj" else 2
+    order = align_neurons(weights[up], weights[down], interleaved=interleaved, gates=gates)
+    return {
+        up: permute_rows(weights[up], order, interleaved=interleaved, gates=gates),
+        down: permute_columns(weights[down], order),
+    }
+
+
+def _read(file: Path, key: str) -> Ranks | None:
+    if not file.is_file():
+        return None
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        if facts["made_by"] != key:
+            return None
+        return {(entry["module"], entry["projection"]): entry["delta_rank"] for entry in facts["projections"].values()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged; delete it and run the same command again") from error

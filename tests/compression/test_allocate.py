@@ -1,0 +1,102 @@
+"""Greedy allocation in the pipeline: the bytes of the uniform one, ranks where they help, kept for a resumption."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from moe_compress.compression import allocate, compress
+from moe_compress.compression.allocate import allocate_ranks
+from moe_compress.compression.plan_table import print_plan
+from moe_compress.compression.planning import make_plan
+from moe_compress.compression.source import open_model
+from moe_compress.config import Config
+from moe_compress.errors import UserError
+from moe_compress.modeling import find_experts
+from moe_compress.run import Run
+
+Settings = Callable[..., Config]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def uneven(make_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Experts that are all the same but for rank-1 noise in the first layer, and nothing alike in the second."""
+    model = make_model("olmoe")
+    first = find_experts(model)[0].module
+    with torch.no_grad():
+        for name, parameter in first.named_parameters():
+            noise = torch.randn(8, parameter.shape[1], 1) @ torch.randn(8, 1, parameter.shape[2])
+            parameter.copy_(parameter[:1] + 0.05 * noise)
+            assert name in ("gate_up_proj", "down_proj")
+    path = tmp_path_factory.mktemp("uneven")
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("changes", [{"target_ratio": 0.5}, {"target_bytes": 50_000}, {"rank": 3}])
+@pytest.mark.parametrize("parameterization", ["delta", "wrapper"])
+def test_ranks_go_where_they_help(
+    changes: dict[str, Any], parameterization: str, uneven: Path, settings: Settings, tmp_path: Path
+) -> None:
+    config = settings(uneven, allocation="greedy", rank_multiple=1, parameterization=parameterization, **changes)
+    run = Run.create(tmp_path / "run", config)
+    compress(run)
+    facts = json.loads((run.path / "compression.json").read_text())
+    ranks = [[p["delta_rank"] for p in layer["projections"].values()] for layer in facts["layers"].values()]
+    least = 2 if parameterization == "wrapper" else 1
+    assert max(ranks[0]) <= least + least  # one more may be all that the rest of the budget buys
+    assert min(ranks[1]) > 4
+    uniform = settings(uneven, rank_multiple=1, parameterization=parameterization, **changes)
+    even = Run.create(tmp_path / "even", uniform)
+    compress(even)
+    even_facts = json.loads((even.path / "compression.json").read_text())
+
+    def total_error(facts: dict[str, Any]) -> float:
+        return sum(p["relative_error"] for layer in facts["layers"].values() for p in layer["projections"].values())
+
+    assert total_error(facts) < total_error(even_facts)
+    budget = make_plan(open_model(config.model), uniform).after.expert_bytes
+    step = 8 * 4 * 64 * least
+    assert budget - step < facts["totals"]["expert_bytes_after"] <= max(budget, changes.get("target_bytes", 0))
+    stored = json.loads((run.checkpoint(0) / "config.json").read_text())["quantization_config"]["layers"]
+    assert [[p["delta_rank"] for p in layer.values()] for layer in stored.values()] == ranks
+
+
+def test_measured_once(uneven: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings(uneven, allocation="greedy", target_ratio=0.5, rank_multiple=1)
+    source = open_model(config.model)
+    file = tmp_path / "allocation.json"
+    done: list[tuple[int, int]] = []
+    ranks = allocate_ranks(source, config, file, CPU, lambda *counts: done.append(counts))
+    assert done == [(1, 2), (2, 2)]
+    facts = json.loads(file.read_text())["projections"]
+    assert {entry["delta_rank"] for entry in facts.values()} == set(ranks.values())
+    assert sum(e["expected_error"] for e in facts.values()) < sum(e["uniform_expected_error"] for e in facts.values())
+    with monkeypatch.context() as patch:
+        patch.setattr(allocate, "error_curve", lambda *_, **__: pytest.fail("measured again"))
+        assert allocate_ranks(source, config, file, CPU) == ranks
+    config.compression.target_ratio = 0.6
+    assert allocate_ranks(source, config, file, CPU) != ranks  # another budget is measured
+    file.write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        allocate_ranks(source, config, file, CPU)
+
+
+def test_the_plan_says_that_ranks_are_not_final(uneven: Path, settings: Settings) -> None:
+    config = settings(uneven, allocation="greedy", target_ratio=0.5, rank_multiple=1)
+    source = open_model(config.model)
+    stream = io.StringIO()
+    print_plan(make_plan(source, config), Console(file=stream, width=200))
+    assert "greedy: the bytes are an upper limit" in stream.getvalue()
+    final = io.StringIO()
+    ranks = dict.fromkeys(((layer.name, p) for layer in source.map.layers for p in layer.experts.projections), 2)
+    print_plan(make_plan(source, config, ranks), Console(file=final, width=200))
+    assert "upper limit" not in final.getvalue()
