@@ -101,7 +101,7 @@ def test_padding_and_unused_experts(make_model: Callable[..., Any]) -> None:
     states, weights = torch.randn(3, 32), torch.full((3, 2), 0.5)
     padding = found.num_experts
     index = torch.tensor([[1, padding], [4, 1], [padding, padding]])
-    with torch.no_grad(), calibrate._collect_into({found.module: sums}, [found.module]):
+    with torch.no_grad(), calibrate.collect_into({found.module: sums}, [found.module]):
         output = found.module(states, index, weights)
         assert torch.equal(output[2], torch.zeros(32))
         alone = found.module(states[:1], index[:1, :1], weights[:1, :1])

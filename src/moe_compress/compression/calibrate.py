@@ -115,7 +115,7 @@ ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)
 
 
 @contextmanager
-def _collect_into(sums: dict[nn.Module, LayerGrams], modules: Iterable[nn.Module]) -> Iterator[None]:
+def collect_into(sums: dict[nn.Module, LayerGrams], modules: Iterable[nn.Module]) -> Iterator[None]:
     """Run the experts `modules` through our implementation for the length of the block; those in `sums` add to them."""
     configs: dict[int, Any] = {id(module.config): module.config for module in modules}
     before = {key: config._experts_implementation for key, config in configs.items()}
@@ -147,7 +147,7 @@ def collect_grams(
     by_module = {found.module: sums[found.name] for found in experts}
     training = model.training
     model.eval()
-    with _collect_into(by_module, by_module):
+    with collect_into(by_module, by_module):
         for batch in batches:
             # Without the language-model head, whose logits nobody needs here.
             model.base_model(input_ids=batch.to(model.device), use_cache=False)
@@ -178,8 +178,24 @@ class Calibration:
                 "tokens": hashlib.sha256(self.rows.tobytes()).hexdigest(),
                 "batch_size": settings.batch_size,
                 "model": asdict(config.model),
+                "sequential": settings.sequential,
             }
         )
+        self.sequential = settings.sequential
+        self._layers_before: dict[int, str] = {}
+
+    @property
+    def batches(self) -> tuple[Tensor, ...]:
+        """The calibration text: token ids [B, L], every batch but the last of the same size."""
+        return torch.from_numpy(self.rows).split(self.config.compression.calibration.batch_size)
+
+    def follow(self, index: int, before: str) -> None:
+        """Say that the MoE layer `index` is to see the outputs of compressed layers, which `before` identifies."""
+        self._layers_before[index] = before
+
+    def key(self, index: int) -> str:
+        """What decides the matrices of a layer."""
+        return fingerprint([self.fingerprint, self._layers_before.get(index)])
 
     def file(self, index: int) -> Path:
         return self.directory / f"layer-{index:05d}.safetensors"
@@ -189,7 +205,7 @@ class Calibration:
         if not self.file(index).exists():
             return False
         try:
-            return read_header(self.file(index)).metadata.get("fingerprint") == self.fingerprint
+            return read_header(self.file(index)).metadata.get("fingerprint") == self.key(index)
         except UserError:  # cut short by a full disk, say: make it again
             return False
 
@@ -200,7 +216,7 @@ class Calibration:
         return LayerGrams({name: read_tensor(entry) for name, entry in entries.items()}, tokens)
 
     def run(self, layers: list[int], device: torch.device, progress: Callable[[int, int], None]) -> None:
-        """Collect the matrices of some MoE layers, by their index, and write each to its file.
+        """Collect the matrices of some MoE layers, by their index, with the whole model in memory; write their files.
 
         Args:
             device: where the model runs.
@@ -216,7 +232,7 @@ class Calibration:
         )
         experts = find_experts(model)
         groups = split_by_size(((index, gram_bytes(experts[index])) for index in layers), GRAM_BYTES_AT_ONCE)
-        batches = torch.from_numpy(self.rows).split(self.config.compression.calibration.batch_size)
+        batches = self.batches
         done = 0
 
         def on_batch() -> None:
@@ -227,9 +243,14 @@ class Calibration:
         for group in groups:
             sums = collect_grams(model, [experts[index] for index in group], batches, on_batch)
             for index in group:
-                self._write(index, sums.pop(experts[index].name))
+                self.write(index, sums.pop(experts[index].name))
 
-    def _write(self, index: int, layer: LayerGrams) -> None:
+    def write(self, index: int, layer: LayerGrams) -> None:
+        """Write the matrices of one layer to its file.
+
+        Raises:
+            UserError: they hold NaN or infinity.
+        """
         tensors = {**layer.grams, "tokens": layer.tokens}
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
@@ -238,4 +259,4 @@ class Calibration:
                     "try model.dtype=float32 or compression.calibration.enabled=false"
                 )
         sources = {name: tensor_source(tensor) for name, tensor in tensors.items()}
-        write_shard(self.file(index), sources, {"fingerprint": self.fingerprint})
+        write_shard(self.file(index), sources, {"fingerprint": self.key(index)})

@@ -71,6 +71,7 @@ class ModelMap:
     layers: list[MoeLayer]
     passthrough: list[str]  # names on disk that are copied as they are
     unused: list[str]  # the part of `passthrough` that the model does not load, such as extra prediction layers
+    feeds: list[Feed]  # of every parameter and buffer that is in the checkpoint
 
     def load(self, checkpoint: Checkpoint, layer: MoeLayer) -> dict[str, Tensor]:
         """Read the parameters of one experts module, as the module holds them.
@@ -90,8 +91,13 @@ class ModelMap:
         return tensors
 
 
-def meta_model(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def meta_model(
+    config: PretrainedConfig, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """Build the causal language model of a configuration without memory for its weights.
+
+    Args:
+        dtype: type of its parameters; None takes that of the configuration.
 
     Raises:
         UserError: Transformers has no causal language model for it.
@@ -99,7 +105,7 @@ def meta_model(config: PretrainedConfig, *, trust_remote_code: bool = False) -> 
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                deepcopy(config), trust_remote_code=trust_remote_code
+                deepcopy(config), trust_remote_code=trust_remote_code, **({} if dtype is None else {"dtype": dtype})
             )
     except Exception as error:  # whatever the constructor of a model raises, remote code included
         raise UserError(
@@ -147,7 +153,13 @@ def map_checkpoint(checkpoint: Checkpoint, model: PreTrainedModel) -> ModelMap:
         for index, found in enumerate(experts)
     ]
     order = {name: position for position, name in enumerate(sorted(checkpoint, key=dot_natural_key))}
-    return ModelMap(model, layers, sorted(passthrough, key=order.__getitem__), sorted(unused, key=order.__getitem__))
+    return ModelMap(
+        model,
+        layers,
+        sorted(passthrough, key=order.__getitem__),
+        sorted(unused, key=order.__getitem__),
+        feeds,
+    )
 
 
 def _assign(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[list[Feed], list[str]]:

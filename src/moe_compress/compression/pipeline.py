@@ -1,4 +1,5 @@
-"""The `compress` stage: from the source checkpoint to `checkpoint-0`, one MoE layer in memory at a time, resumable."""
+"""The `compress` stage: from the source checkpoint to `checkpoint-0`, one MoE layer in memory at a time, resumable, by
+any number of processes."""
 
 from __future__ import annotations
 
@@ -11,23 +12,35 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from moe_compress.compression.allocate import Ranks, allocate_ranks
 from moe_compress.compression.calibrate import Calibration
 from moe_compress.compression.layer import LayerSettings, fit_layer, layer_input
+from moe_compress.compression.layerwise import DoesNotFit, LayerwiseModel
 from moe_compress.compression.plan_table import print_plan
 from moe_compress.compression.planning import Plan, check_disk, check_plan, make_plan
 from moe_compress.compression.ranks import stored_dtype
 from moe_compress.compression.source import SourceModel, open_model
+from moe_compress.compression.walk import CalibrationWalk
+from moe_compress.compression.workers import Team
 from moe_compress.compression.writer import CheckpointWriter, LayerRecord
 from moe_compress.config import Config
 from moe_compress.errors import UserError
 from moe_compress.factorization import FitSpec
 from moe_compress.files import directory_in_progress, fingerprint, write_json
-from moe_compress.run import Run, rank
+from moe_compress.run import Run
 
 STAGE = "compress"
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SHARD_FORMAT = 1  # part of what a shard was made by: raise it when the same settings give other tensors
 
 
@@ -35,39 +48,53 @@ def compress(run: Run) -> None:
     """Compress the model of a run into `RUN/checkpoints/checkpoint-0` and write `RUN/compression.json`.
 
     Does nothing if it is done; continues after the last finished layer if it was interrupted, and then gives the same
-    bytes as an uninterrupted run.
+    bytes as an uninterrupted run. Under torchrun the layers are divided among the processes; any number of them gives
+    the same bytes.
 
     Raises:
         UserError: the model cannot be compressed, or not with these settings; nothing is written then.
     """
-    if rank() != 0:  # one process does all; the others of torchrun would write the same files
-        return
     console = Console()
     if run.finished(STAGE):
         console.print(f"compress: finished already, see {run.checkpoint(0)}", highlight=False, soft_wrap=True)
         return
-    with run.stage(STAGE):
-        source = open_model(run.config.model)
-        ranks = None
-        if run.config.compression.allocation == "greedy":
-            ranks = _allocate(run, source, fit_device(run.config), console)
-        plan = make_plan(source, run.config, ranks)
+    team = Team(f"{STAGE} {run.path}")
+    with team.together():
+        with run.stage(STAGE):
+            try:
+                _compress(run, team, console)
+            except OSError as error:
+                if error.errno not in _DISK_FULL:
+                    raise
+                raise UserError(
+                    f"the disk of {run.path} is full; free some and run the same command again, which continues"
+                ) from error
+        if team.leads:
+            team.publish("finished")  # with all that the manifest says of it
+        team.wait("finished")
+
+
+def _compress(run: Run, team: Team, console: Console) -> None:
+    """The part of one process."""
+    target, calibration_dir = run.checkpoint(0), run.path / "calibration"
+    if not team.leads:
+        team.wait("planned")  # what is wrong with the model or the settings is told once, by the leader
+    source = open_model(run.config.model)
+    ranks = None
+    if run.config.compression.allocation == "greedy":
+        ranks = _allocate(run, source, fit_device(run.config, team.local_rank), console)
+    plan = make_plan(source, run.config, ranks)
+    if team.leads:
         check_plan(plan)
-        target = run.checkpoint(0)
         if not target.exists():
-            check_disk(plan, target, _size_below(target.parent) + _size_below(_calibration_dir(run)))
+            check_disk(plan, target, _size_below(target.parent) + _size_below(calibration_dir))
         print_plan(plan, console)
-        try:
-            facts = compress_model(source, plan, run.config, target, _calibration_dir(run), console)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise UserError(
-                f"the disk of {run.path} is full; free some and run the same command again, which continues"
-            ) from error
+        team.publish("planned")
+    facts = compress_model(source, plan, run.config, target, calibration_dir, console, team)
+    if facts is not None:
         write_json(run.path / "compression.json", facts)
         run.record(STAGE, source=str(source.path), source_fingerprint=source.checkpoint.fingerprint, **facts["totals"])
-        shutil.rmtree(_calibration_dir(run), ignore_errors=True)
+        shutil.rmtree(calibration_dir, ignore_errors=True)
 
 
 def _allocate(run: Run, source: SourceModel, device: torch.device, console: Console) -> Ranks:
@@ -81,49 +108,58 @@ def _allocate(run: Run, source: SourceModel, device: torch.device, console: Cons
 
 
 def compress_model(
-    source: SourceModel, plan: Plan, config: Config, target: Path, calibration_dir: Path, console: Console
-) -> dict[str, Any]:
+    source: SourceModel,
+    plan: Plan,
+    config: Config,
+    target: Path,
+    calibration_dir: Path,
+    console: Console,
+    team: Team | None = None,
+) -> dict[str, Any] | None:
     """Write the compressed checkpoint `target`, keeping what an interrupted attempt with the same settings left.
 
     Args:
         calibration_dir: where the Gram matrices are cached.
+        team: the processes that divide the work; each calls this function.
 
     Returns:
-        The content of `compression.json`, see `report_facts`.
+        The content of `compression.json`, see `report_facts`; None for those that do not lead.
     """
-    device = fit_device(config)
+    team = team or Team(f"{STAGE} {target}")
+    device = fit_device(config, team.local_rank)
+    if target.exists() and not team.leads:
+        return None
     calibration = None
     if config.compression.calibration.enabled:
         calibration = Calibration(config, source.path, source.checkpoint.fingerprint, calibration_dir)
+    settings = [layer_settings(source, plan, config, index, device) for index in range(len(plan.layers))]
+    keys = _keys(source, plan, settings, calibration)
+    if target.exists():
+        # Killed after the rename: all that is left to do is to report.
+        return report_facts(source, plan, config, _records(CheckpointWriter(target, source), keys))
     with ExitStack() as stack:
-        finished = target.exists()
-        directory = target
-        if not finished:
+        if team.leads:
             target.parent.mkdir(parents=True, exist_ok=True)
             directory = stack.enter_context(directory_in_progress(target, keep=True))
-        writer = CheckpointWriter(directory, source)
-        settings = [layer_settings(source, plan, config, index, device) for index in range(len(plan.layers))]
-        keys = [
-            _made_by(source, plan.layers[index].name, settings[index], calibration) for index in range(len(settings))
-        ]
-        records = [writer.record(index, key) for index, key in enumerate(keys)]
-        if finished:
-            # Killed after the rename: all that is left to do is to report.
-            complete = [record for record in records if record is not None]
-            if len(complete) < len(records):
-                raise UserError(f"{target} exists and was made by other settings; choose another run=PATH")
-            return report_facts(source, plan, config, complete)
-        writer.clean()
+            writer = CheckpointWriter(directory, source)
+            writer.clean()
+            team.publish("directory", str(directory))
+        else:
+            writer = CheckpointWriter(Path(team.wait("directory")), source)
         progress = stack.enter_context(_progress(console))
-        if calibration is not None:
-            _calibrate(calibration, [index for index, record in enumerate(records) if record is None], device, progress)
-        complete = _fit_layers(source, settings, keys, records, calibration, writer, progress)
-        task = progress.add_task("copying the rest", total=len(writer.copied), error="")
-        writer.copy_others(lambda _: progress.advance(task))
+        job = _Job(source, settings, keys, calibration, writer, progress, team)
+        if calibration is not None and team.leads:
+            job.calibrate_and_fit(_walk(config, source, calibration, device, console), device)
+        job.fit_layers()
+        _copy_others(writer, progress, team)
+        team.arrive("done")
+        if not team.leads:
+            return None
+        records = _records(writer, keys)
         written = writer.finish(plan)
         if written != plan.after.bytes:
             raise RuntimeError(f"{written} bytes were written where the plan says {plan.after.bytes}")
-    return report_facts(source, plan, config, complete)
+    return report_facts(source, plan, config, records)
 
 
 def layer_settings(source: SourceModel, plan: Plan, config: Config, index: int, device: torch.device) -> LayerSettings:
@@ -147,8 +183,8 @@ def layer_settings(source: SourceModel, plan: Plan, config: Config, index: int, 
     return LayerSettings(specs, dtypes, settings.alignment, settings.calibration.shrinkage, device)
 
 
-def fit_device(config: Config) -> torch.device:
-    """The device to calibrate and fit on.
+def fit_device(config: Config, local_rank: int = 0) -> torch.device:
+    """The device to calibrate and fit on: with `auto`, each process of a machine takes its own GPU.
 
     Raises:
         UserError: compression.device names no device of this machine.
@@ -157,7 +193,8 @@ def fit_device(config: Config) -> torch.device:
     if name == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")
-        return torch.device("cuda", config.gpu_ids[0] if config.gpu_ids else 0)
+        # The command line has made the GPUs of gpu_ids the only ones there are, numbered from 0.
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -209,43 +246,156 @@ def report_facts(source: SourceModel, plan: Plan, config: Config, records: list[
     }
 
 
-def _fit_layers(
-    source: SourceModel,
-    settings: list[LayerSettings],
-    keys: list[str],
-    records: list[LayerRecord | None],
-    calibration: Calibration | None,
-    writer: CheckpointWriter,
-    progress: Progress,
-) -> list[LayerRecord]:
-    """Fit and write the layers that have no record yet; the records of all."""
-    task = progress.add_task("fitting layers", total=len(records), error="")
-    complete = []
-    for layer in source.map.layers:
-        record = records[layer.index]
-        if record is None:
+def _records(writer: CheckpointWriter, keys: list[str]) -> list[LayerRecord]:
+    """What is known of every layer, all of which must be written.
 
-            def show(projection: str, error: float) -> None:
-                progress.update(task, error=f"{projection} error {error:.3f}")
-
-            grams = None if calibration is None else calibration.load(layer.index)
-            tensors = source.map.load(source.checkpoint, layer)
-            result = fit_layer(layer_input(layer.experts, tensors, grams), settings[layer.index], show)
-            del tensors, grams
-            record = writer.write_layer(layer.index, result, keys[layer.index])
-        complete.append(record)
-        progress.advance(task)
+    Raises:
+        UserError: a layer of a finished checkpoint was made by other settings.
+    """
+    records = [writer.record(index, key) for index, key in enumerate(keys)]
+    complete = [record for record in records if record is not None]
+    if len(complete) < len(records):
+        raise UserError(f"{writer.directory} exists and was made by other settings; choose another run=PATH")
     return complete
 
 
-def _calibrate(calibration: Calibration, layers: list[int], device: torch.device, progress: Progress) -> None:
-    pending = [index for index in layers if not calibration.finished(index)]
-    if pending:
-        task = progress.add_task("calibrating", total=None, error=f"{calibration.rows.size:,} tokens")
-        calibration.run(pending, device, lambda done, total: progress.update(task, completed=done, total=total))
+class _Job:
+    """The layers of one compression, of which each process of the team does some."""
+
+    def __init__(
+        self,
+        source: SourceModel,
+        settings: list[LayerSettings],
+        keys: list[str],
+        calibration: Calibration | None,
+        writer: CheckpointWriter,
+        progress: Progress,
+        team: Team,
+    ) -> None:
+        self.source, self.settings, self.keys = source, settings, keys
+        self.calibration, self.writer, self.progress, self.team = calibration, writer, progress, team
+        self.task = progress.add_task("fitting layers", total=len(keys), error="")
+
+    def written(self, index: int) -> bool:
+        """Whether a layer has its shard."""
+        return self.writer.record(index, self.keys[index]) is not None
+
+    def fit_layers(self) -> None:
+        """Fit and write layers, as long as there are any that nobody else has taken."""
+        if self.calibration is not None and self.calibration.sequential and not self.team.leads:
+            return  # each layer waits for the one before it: the leader does them all
+        for index in self.team.take("layers", len(self.keys)):
+            self.fit(index)
+
+    def fit(self, index: int) -> None:
+        """Fit and write a layer that this process has taken, unless its shard is there already."""
+        if not self.written(index):
+            layer = self.source.map.layers[index]
+            grams = None
+            if self.calibration is not None:
+                self.team.wait(f"grams of {index}")
+                grams = self.calibration.load(index)
+            tensors = self.source.map.load(self.source.checkpoint, layer)
+            result = fit_layer(layer_input(layer.experts, tensors, grams), self.settings[index], self._show)
+            del tensors, grams
+            self.writer.write_layer(index, result, self.keys[index])
+            if self.calibration is not None:
+                self.calibration.file(index).unlink(missing_ok=True)
+        self.progress.update(self.task, completed=self.team.add("layers written"))
+
+    def calibrate_and_fit(self, walk: CalibrationWalk | None, device: torch.device) -> None:
+        """Collect the Gram matrices of all layers that have no shard, for this process and the others.
+
+        So that they do not fill the disk, this process fits a layer itself whenever as many wait to be fitted as there
+        are processes; alone, it fits each layer at once.
+
+        Args:
+            walk: collects them layer by layer; None does it with the whole model in memory, all before the first fit.
+        """
+        assert self.calibration is not None
+        pending = [index for index in range(len(self.keys)) if not self.written(index)]
+        if walk is None:
+            missing = [index for index in pending if not self.calibration.finished(index)]
+            task = self._calibration_task(len(missing))
+            if missing:
+                self.calibration.run(
+                    missing, device, lambda done, total: self.progress.update(task, completed=done, total=total)
+                )
+            for index in pending:
+                self.team.publish(f"grams of {index}")
+            return
+        task = self._calibration_task(len(pending))
+        taken: list[int] = []  # by this process, their matrices yet to come
+        walked = walk.run(
+            self.written,
+            self.writer.layer_tensors,
+            lambda done, total: self.progress.update(task, completed=done, total=total),
+        )
+        for index in walked:
+            self.team.publish(f"grams of {index}")
+            while index + 1 - self.team.add("layers", 0) >= (1 if self.calibration.sequential else self.team.size):
+                number = self.team.take_one("layers", len(self.keys))
+                taken += [] if number is None else [number]
+            for number in [number for number in taken if number <= index]:
+                taken.remove(number)
+                self.fit(number)
+        for number in taken:
+            self.fit(number)
+
+    def _calibration_task(self, pending: int) -> TaskID:
+        assert self.calibration is not None
+        text = f"{self.calibration.rows.size:,} tokens"
+        return self.progress.add_task("calibrating", total=None, error=text, visible=pending > 0)
+
+    def _show(self, projection: str, error: float) -> None:
+        self.progress.update(self.task, error=f"{projection} error {error:.3f}")
 
 
-def _made_by(source: SourceModel, name: str, settings: LayerSettings, calibration: Calibration | None) -> str:
+def _walk(
+    config: Config, source: SourceModel, calibration: Calibration, device: torch.device, console: Console
+) -> CalibrationWalk | None:
+    """The calibration layer by layer, or None (and a word about it) for an architecture that does not fit it.
+
+    Raises:
+        UserError: it does not fit, and the settings or the source leave no other way.
+    """
+    try:
+        model = LayerwiseModel(source, config.model, device)
+    except DoesNotFit as reason:
+        name = type(source.map.model).__name__
+        if config.compression.calibration.sequential:
+            raise UserError(
+                f"{name} cannot be calibrated layer by layer ({reason}); set compression.calibration.sequential=false"
+            ) from reason
+        console.print(
+            f"calibrating with the whole model in memory: {name} cannot be run layer by layer ({reason})",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return None
+    return CalibrationWalk(model, calibration, [layer.experts for layer in source.map.layers])
+
+
+def _copy_others(writer: CheckpointWriter, progress: Progress, team: Team) -> None:
+    """Copy shards of what is not an expert, as long as there are any that nobody else has taken."""
+    task = progress.add_task("copying the rest", total=len(writer.copied), error="")
+    for number in team.take("copies", len(writer.copied)):
+        writer.copy_others(number)
+        progress.update(task, completed=team.add("copies written"))
+
+
+def _keys(source: SourceModel, plan: Plan, settings: list[LayerSettings], calibration: Calibration | None) -> list[str]:
+    """What identifies the tensors of each layer; in a sequential calibration, all layers before it belong to that."""
+    keys: list[str] = []
+    for index, layer in enumerate(plan.layers):
+        if calibration is not None and calibration.sequential and keys:
+            calibration.follow(index, keys[-1])
+        grams = None if calibration is None else calibration.key(index)
+        keys.append(_made_by(source, layer.name, settings[index], grams))
+    return keys
+
+
+def _made_by(source: SourceModel, name: str, settings: LayerSettings, grams: str | None) -> str:
     """A hash of everything that decides the tensors of a layer's shard."""
     return fingerprint(
         {
@@ -255,8 +405,8 @@ def _made_by(source: SourceModel, name: str, settings: LayerSettings, calibratio
             "specs": {projection: asdict(spec) for projection, spec in settings.specs.items()},
             "dtypes": {name: str(dtype) for name, dtype in settings.dtypes.items()},
             "alignment": settings.alignment,
-            "shrinkage": settings.shrinkage if calibration is not None else None,
-            "calibration": calibration.fingerprint if calibration is not None else None,
+            "shrinkage": settings.shrinkage if grams is not None else None,
+            "calibration": grams,
         }
     )
 
@@ -271,10 +421,6 @@ def _progress(console: Console) -> Progress:
         TextColumn("{task.fields[error]}"),
         console=console,
     )
-
-
-def _calibration_dir(run: Run) -> Path:
-    return run.path / "calibration"
 
 
 def _size_below(directory: Path) -> int:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moe_compress.compression.checkpoint import DTYPES, INDEX_FILE, read_header
+from moe_compress.compression.checkpoint import DTYPES, INDEX_FILE, read_header, read_tensor
 from moe_compress.compression.layer import LayerResult
 from moe_compress.compression.planning import Plan
 from moe_compress.compression.shards import disk_source, split_by_size, tensor_source, write_shard
@@ -74,19 +73,20 @@ class CheckpointWriter:
         write_shard(self.layer_file(index), sources, {_METADATA: json.dumps(facts)})
         return LayerRecord(result.errors, result.load)
 
-    def copy_others(self, on_shard: Callable[[int], None] = lambda _: None) -> None:
-        """Copy every tensor outside the experts byte for byte, in shards of bounded size that are kept if complete.
+    def layer_tensors(self, index: int) -> dict[str, torch.Tensor]:
+        """Read a written layer back; the names are those within the experts module."""
+        prefix = f"{self.source.map.layers[index].name}."
+        entries = read_header(self.layer_file(index)).entries
+        return {name.removeprefix(prefix): read_tensor(entry) for name, entry in entries.items()}
 
-        Args:
-            on_shard: called with the bytes of each shard once it is there.
-        """
+    def copy_others(self, number: int) -> None:
+        """Copy one of the groups `copied` of tensors outside the experts, byte for byte, unless it is there already."""
         checkpoint = self.source.checkpoint
-        for number, names in enumerate(self.copied):
-            made_by = fingerprint({"source": checkpoint.fingerprint, "names": names})
-            if self._facts(self.copied_file(number), made_by) is None:
-                sources = {name: disk_source(checkpoint, name) for name in names}
-                write_shard(self.copied_file(number), sources, {_METADATA: json.dumps({"made_by": made_by})})
-            on_shard(sum(checkpoint[name].nbytes for name in names))
+        names = self.copied[number]
+        made_by = fingerprint({"source": checkpoint.fingerprint, "names": names})
+        if self._facts(self.copied_file(number), made_by) is None:
+            sources = {name: disk_source(checkpoint, name) for name in names}
+            write_shard(self.copied_file(number), sources, {_METADATA: json.dumps({"made_by": made_by})})
 
     def finish(self, plan: Plan) -> int:
         """Write the index, config.json and the small files; returns the bytes of all tensors.
