@@ -19,6 +19,7 @@ from moe_compress.factorization.grams import Metric, chunks
 # Ridge of the side steps, as a share of the mean squared singular value of the core and of the present relative error:
 # what cannot be explained anyway is not worth large factors. Less than this fits no better and makes them larger.
 _RIDGE = 5e-4
+_CHOICE_RIDGE = 1e-4  # of the core's mean squared singular value, when the delta is divided between the sides
 _SMALLEST_ERROR = 1e-4  # keeps the ridge above what fp32 resolves
 _CORE_STEPS = 8  # of conjugate gradients per sweep
 
@@ -67,10 +68,10 @@ class _WrapperFit:
             delta_out, delta_in = delta.delta_out[part], delta.delta_in[part]
             core = self.core.expand(delta_out.shape[0], -1, -1)
             if self.out_side_first:
-                share = _expressible(core, delta_out, delta_in, rank, self._ridge)
+                share = _expressible(core, delta_out, delta_in, rank)
                 self.u_out[part], self.v_out[part] = _solve_side(core, share, rank, self._ridge)
             else:
-                share = _expressible(core.mT, delta_in.mT, delta_out.mT, rank, self._ridge)
+                share = _expressible(core.mT, delta_in.mT, delta_out.mT, rank)
                 self.v_in[part], self.u_in[part] = _solve_side(core.mT, share, rank, self._ridge)
 
     def factors(self) -> WrapperFactors:
@@ -185,10 +186,13 @@ def _solve_side(source: Tensor, target: Tensor, rank: int, ridge: float) -> tupl
     return u, back @ (seen.mT @ u)
 
 
-def _expressible(source: Tensor, delta_out: Tensor, delta_in: Tensor, rank: int, ridge: float) -> Tensor:
-    """The `rank` components of delta_out delta_in [e, m, n] with rows closest to the row space of source [e, l, n]."""
-    front, _ = _row_filter(source, ridge)
-    basis, mixing = torch.linalg.qr(delta_in.mT)
+def _expressible(source: Tensor, delta_out: Tensor, delta_in: Tensor, rank: int) -> Tensor:
+    """The `rank` components of delta_out delta_in [e, m, n] with rows closest to the row space of source [e, l, n].
+
+    Where the source spans all rows, those that it reaches by the smallest factors: the ridge tells them apart, in fp64.
+    """
+    front, _ = _row_filter(source.double(), _CHOICE_RIDGE)
+    basis, mixing = torch.linalg.qr(delta_in.double().mT)
     inside = front.mT @ basis
     rotation = torch.linalg.eigh(inside.mT @ inside).eigenvectors[..., -rank:]
-    return (delta_out @ (mixing.mT @ rotation)) @ (basis @ rotation).mT
+    return (delta_out @ (mixing.mT @ rotation).float()) @ (basis @ rotation).mT.float()
