@@ -52,7 +52,7 @@ def test_a_run_is_measured_once_and_completely(make_run, fast_speed, monkeypatch
         "teacher", "zero-shot", "distilled", "SVD, distilled",
     ]  # fmt: skip
     assert {sample["decoding"] for sample in samples} == {"greedy", "temperature 0.3"}
-    assert any(sample["prompt"] == run.config.evaluation.prompt for sample in samples)
+    assert any(sample["prompt"] == run.config.evaluation.prompt.rstrip() for sample in samples)
 
     monkeypatch.setattr(evaluate, "load_model", None)  # nothing may be loaded again
     evaluate_run(run)

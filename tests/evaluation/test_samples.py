@@ -17,7 +17,7 @@ def test_greedy_text_is_the_argmax(tokenizer):
     start = ids.shape[1]
     while ids.shape[1] < start + 6 and (ids.shape[1] == start or ids[0, -1] != 0):
         ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
-    greedy, sampled = write_samples(model, tokenizer, ["def name"], 6, seed=1)
+    greedy, sampled = write_samples(model, tokenizer, ["def name \n"], 6, seed=1)
     assert greedy["text"] == tokenizer.decode(ids[0, start:], skip_special_tokens=True)
     assert (greedy["prompt"], greedy["decoding"], sampled["decoding"]) == ("def name", "greedy", "temperature 0.3")
 

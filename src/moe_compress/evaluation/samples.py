@@ -16,7 +16,8 @@ def write_samples(model: Any, tokenizer: Any, prompts: list[str], tokens: int, s
     Args:
         model: a causal language model of Transformers.
         tokenizer: its tokenizer.
-        prompts: texts to continue.
+        prompts: texts to continue. White space at their end is left to the model: byte-pair tokens begin with their
+            space, so that a prompt that ends with one is like nothing the model has seen.
         tokens: new tokens at most.
         seed: seed of the sampling.
 
@@ -25,7 +26,8 @@ def write_samples(model: Any, tokenizer: Any, prompts: list[str], tokens: int, s
     """
     model.eval()
     written = []
-    for prompt in prompts:
+    for given in prompts:
+        prompt = given.rstrip() or given
         encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
         encoded.pop("token_type_ids", None)
         for decoding, options in (
@@ -37,8 +39,14 @@ def write_samples(model: Any, tokenizer: Any, prompts: list[str], tokens: int, s
                 ids = model.generate(**encoded, max_new_tokens=tokens, pad_token_id=tokenizer.eos_token_id, **options)[
                     0, encoded["input_ids"].shape[1] :
                 ].tolist()
-            text = tokenizer.decode(ids, skip_special_tokens=True)
-            written.append({"prompt": prompt, "decoding": decoding, "text": text, "loop_rate": loop_rate(ids)})
+            written.append(
+                {
+                    "prompt": prompt,
+                    "decoding": decoding,
+                    "text": tokenizer.decode(ids, skip_special_tokens=True),
+                    "loop_rate": loop_rate(ids),
+                }
+            )
     return written
 
 
