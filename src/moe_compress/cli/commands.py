@@ -49,7 +49,11 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "type": Path,
         "help": "directory to write a checkpoint of the original architecture to (it saves no memory)",
     },
-    "--output": {"metavar": "DIR", "type": Path, "help": "directory of the trained model (default: reference-model)"},
+    "--output": {
+        "metavar": "DIR",
+        "type": Path,
+        "help": "new directory for the result (default: reference-model, or inspection of `inspect`)",
+    },
     "--yaml": {"action": "store_true", "help": "print the settings as they would be frozen in config.yaml"},
 }
 
@@ -113,7 +117,17 @@ def _stage(name: str) -> Callable[[argparse.Namespace], None]:
     return action
 
 
+def _inspect(options: argparse.Namespace) -> None:
+    _name_model(options)
+    config = _composed(options)
+    _use_gpus(config)
+    from moe_compress.compression.inspect import inspect
+
+    inspect(config, options.output or Path("inspection"))
+
+
 def _plan(options: argparse.Namespace) -> None:
+    _name_model(options)
     config = _composed(options)
     from moe_compress.compression import plan
 
@@ -180,6 +194,13 @@ def _settings(options: argparse.Namespace) -> None:
     print(pages.setting_list(config, wanted))
 
 
+def _name_model(options: argparse.Namespace) -> None:
+    """Take a first argument that is no key=value for the model: `plan MODEL` is `plan model=MODEL`."""
+    first = options.settings[0] if options.settings else ""
+    if first and "=" not in first and not first.startswith("~"):
+        options.settings[0] = f"model={first}"
+
+
 def _composed(options: argparse.Namespace) -> Config:
     """The settings of a command that writes no run; with run=RUN, those of the run, changed at will."""
     fresh = settings.compose(options.settings, file=options.config)
@@ -198,7 +219,19 @@ def _use_gpus(config: Config) -> None:
 
 COMMANDS: dict[str, Command] = {
     "plan": Command(
-        "show ranks, bytes and parameters of a compression without doing it", _plan, reads=STAGES["compress"].reads_key
+        "show ranks, bytes and parameters of a compression without doing it",
+        _plan,
+        reads=STAGES["compress"].reads_key,
+        usage="[MODEL] [key=value ...]",
+    ),
+    "inspect": Command(
+        "measure what the experts of a model have to share: table, plots, JSON",
+        _inspect,
+        flags=("--output", "--config"),
+        reads=lambda key: (
+            key in ("gpu_ids", "seed", "compression.device") or key.startswith(("model.", "compression.calibration."))
+        ),
+        usage="[MODEL] [--output DIR] [key=value ...]",
     ),
     **{
         name: Command(
