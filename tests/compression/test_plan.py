@@ -140,6 +140,20 @@ def test_printed(model_dir: Callable[[str], Path], settings: Settings) -> None:
     json.dumps(result.as_dict())
 
 
+def test_slower_layers_are_named(model_dir: Callable[[str], Path], settings: Settings) -> None:
+    """A core and two deltas of rank 8 cost 32 x 32 + 2 x 8 x 64 for gate_up where it was 2 x 32 x 32; so for down."""
+
+    def printed(rank: int) -> str:
+        stream = io.StringIO()
+        result = planned(settings(model_dir("olmoe"), rank=rank))
+        assert result.layers[0].arithmetic == (32 * 48 + 2 * 2 * rank * (64 + 48)) / (2 * 32 * 48)
+        print_plan(result, Console(file=stream, width=300))
+        return stream.getvalue()
+
+    assert "2 of 2 MoE layers need more multiply-adds per token than before (1.08 times in model.layers.0" in printed(4)
+    assert "multiply-adds" not in printed(3)
+
+
 def test_refused_sizes(model_dir: Callable[[str], Path], settings: Settings) -> None:
     model = model_dir("olmoe")
     with pytest.raises(UserError, match="delta rank 64 is above the dimensions of 32 x 32"):
