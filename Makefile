@@ -21,10 +21,11 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 	touch $@
 
 demo: setup
-	$(BIN)/moe-compress run run=$(RUN) model=reference
+	$(BIN)/moe-compress run run=$(RUN) model=reference evaluation.baseline=true
 
+# Two processes of one thread each: the tests are many small models, which gain nothing from threads.
 test: setup
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

@@ -14,6 +14,9 @@ from moe_compress.reference.data import Split
 from moe_compress.reference.recipe import ReferenceRecipe, packed_ids
 
 
+PROMPT = "class Reader:\n    def __init__(self"
+
+
 @dataclass(frozen=True)
 class ReferenceMeasures:
     """Losses in nats per token; load entropy relative to that of a uniform load, per layer."""
@@ -51,7 +54,7 @@ def unigram_loss(train_ids: torch.Tensor, ids: torch.Tensor, vocab_size: int) ->
     return -(counts / counts.sum()).log()[ids[:, 1:]].mean().item()
 
 
-def measure_reference(model_dir: Path, recipe: ReferenceRecipe, prompt: str = "def ") -> ReferenceMeasures:
+def measure_reference(model_dir: Path, recipe: ReferenceRecipe, prompt: str = PROMPT) -> ReferenceMeasures:
     """Measure a trained reference MoE on every split; the training loss is taken on a part as large as validation."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -132,7 +135,7 @@ multiples of a fair share.
 |---|---|---|---|
 {layers}
 
-## Sample (temperature 0.6, seed {recipe.seed}, prompt `def `)
+## Sample (temperature 0.6, seed {recipe.seed}, top-p 0.9)
 
 ```python
 {measures.sample}
