@@ -85,27 +85,30 @@ def test_half_a_claim_counts_while_it_is_fresh(tmp_path):
     assert not is_alive(tmp_path / "none")
 
 
-def _contend(directory: Path, start: float, won: Path) -> None:
+CONTENDERS = 6
+
+
+def _contend(directory: Path, number: int, start: float) -> None:
+    """Try to claim, and hold on to the claim until all others have tried as well."""
     time.sleep(max(0.0, start - time.time()))
-    with claimed(directory, "a") as ours:
-        if ours:
-            won.write_text("")
-            time.sleep(1.0)
+    with claimed(directory / "claims", "a") as ours:
+        (directory / f"{'won' if ours else 'lost'}-{number}").write_text("")
+        end = time.time() + 60
+        while ours and len(list(directory.glob("*-*"))) < CONTENDERS and time.time() < end:
+            time.sleep(0.01)
 
 
 def test_of_many_that_see_the_same_stale_claim_one_wins(tmp_path):
     leave_claim(tmp_path / "claims", "a", pid=dead_pid())
     context = multiprocessing.get_context("fork")
     start = time.time() + 0.3
-    contenders = [
-        context.Process(target=_contend, args=(tmp_path / "claims", start, tmp_path / f"won-{number}"))
-        for number in range(6)
-    ]
+    contenders = [context.Process(target=_contend, args=(tmp_path, n, start)) for n in range(CONTENDERS)]
     for contender in contenders:
         contender.start()
     for contender in contenders:
         contender.join()
     assert len(list(tmp_path.glob("won-*"))) == 1
+    assert len(list(tmp_path.glob("lost-*"))) == CONTENDERS - 1
 
 
 def test_a_killed_owner_is_found_out_at_once(tmp_path):

@@ -50,7 +50,7 @@ def test_watches_until_training_is_complete_and_all_is_measured(make_run, measur
         assert list((run.evals_dir / "watchers").iterdir())  # the trainer sees that somebody watches
         run.checkpoint(step).symlink_to(student_dir, target_is_directory=True)
     complete(run)
-    watcher.join(30)
+    watcher.join(120)
     assert not watcher.is_alive()
     assert measured == [0, 2, 4, 6]
     assert (run.path / "best").resolve() == run.checkpoint(6).resolve()
@@ -102,7 +102,7 @@ def test_a_stale_claim_is_taken_over_and_a_live_one_is_not(make_run, measured):
     time.sleep(0.3)
     assert watcher.is_alive() and measured == [0]  # it waits for the owner of the live claim
     live.write_text(json.dumps({**json.loads(live.read_text()), "pid": dead_pid()}))
-    watcher.join(30)
+    watcher.join(120)
     assert measured == [0, 2]
 
 
@@ -113,7 +113,7 @@ def test_watchers_share_a_run(make_run, measured):
     for watcher in watchers:
         watcher.start()
     for watcher in watchers:
-        watcher.join(30)
+        watcher.join(120)
     assert sorted(measured) == list(range(0, 12, 2))
 
 
