@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe_compress.errors import UserError
 
-_DAMPING = 1e-3  # of the mean diagonal of each Gram matrix
+_DAMPING = 1e-2  # of the mean diagonal of each Gram matrix
 _CHUNK_BYTES = 512 * 2**20  # size of one temporary over a chunk of experts
 
 
