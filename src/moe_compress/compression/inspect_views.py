@@ -110,7 +110,7 @@ def _draw_energy(axes: Any, layers: list[dict[str, Any]]) -> None:
     axes.axhline(least, color="gray", linestyle="--", linewidth=1, label="nothing in common")
     axes.set(xlabel="MoE layer", ylabel="share of energy in the mean core", ylim=(0, None))
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(frameon=False)
+    _legend(axes)
 
 
 def _draw_spectrum(axes: Any, layers: list[dict[str, Any]]) -> None:
@@ -123,7 +123,7 @@ def _draw_spectrum(axes: Any, layers: list[dict[str, Any]]) -> None:
             axes.plot(ranks, list(energy.values()), color=f"C{number}", alpha=0.6, linewidth=1, label=label)
     axes.set_xscale("log", base=2)
     axes.set(xlabel="delta rank", ylabel="share of the residual's energy", ylim=(0, 1))
-    axes.legend(frameon=False)
+    _legend(axes)
 
 
 def _draw_error(axes: Any, layers: list[dict[str, Any]]) -> None:
@@ -136,7 +136,7 @@ def _draw_error(axes: Any, layers: list[dict[str, Any]]) -> None:
             label = f"{name}, {'shared core' if style == '-' else 'no core'}"
             axes.plot(list(map(float, ratios)), means, style, color=f"C{number}", marker="o", markersize=3, label=label)
     axes.set(xlabel="share of the bytes kept", ylabel="relative squared error", ylim=(0, None))
-    axes.legend(frameon=False)
+    _legend(axes)
 
 
 def _draw_load(axes: Any, loads: list[list[int]]) -> None:
@@ -149,6 +149,12 @@ def _draw_load(axes: Any, loads: list[list[int]]) -> None:
     image = axes.imshow(rows, aspect="auto", cmap="viridis", interpolation="nearest", vmin=0)
     axes.figure.colorbar(image, label="tokens, as multiples of the mean")
     axes.set(xlabel="expert, most used first", ylabel="MoE layer")
+    axes.yaxis.get_major_locator().set_params(integer=True)
+
+
+def _legend(axes: Any) -> None:
+    """Above the axes, where it covers no data."""
+    axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=3, frameon=False, fontsize=9)
 
 
 def _projections(layers: list[dict[str, Any]]) -> list[str]:
