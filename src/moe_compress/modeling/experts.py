@@ -177,7 +177,7 @@ class SharedCoreExperts(nn.Module):
             out = out + F.linear(routing.collect(weighted), down.core)
         bias = self.bias(down_name)
         if bias is not None:
-            out = out + F.linear(routing.dense_weights.to(dtype), bias.to(dtype).mT)
+            out = out + F.linear(routing.dense_weights().to(dtype), bias.to(dtype).mT)
         return out.to(hidden_states.dtype)
 
     def _gate(self, inner: Tensor) -> Tensor:

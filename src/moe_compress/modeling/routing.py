@@ -6,7 +6,6 @@ GEMMs; `GatheredRouting` keeps their order and gathers each row's own factors, w
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -65,7 +64,6 @@ class Routing:
         """The sum over the k rows of each token: [S, d] to [T, d]."""
         return _Collect.apply(rows, self.tokens, self._inverse, self.top_k)
 
-    @cached_property
     def dense_weights(self) -> Tensor:
         """The routing weights as a matrix [T, E], zero where a token does not go."""
         zeros = self.index_weights.new_zeros(self.num_tokens, self.num_experts)
