@@ -140,10 +140,13 @@ def test_empty_and_absent_directories(tmp_path: Path) -> None:
 def test_values_that_are_no_numbers_are_named(tmp_path: Path, value: float, word: str) -> None:
     weight = torch.randn(8, 8)
     weight[3, 5] = value
-    save_file({"fine": torch.randn(4).half() * 60000, "bad.weight": weight}, tmp_path / "model.safetensors")
+    save_file({"fine": torch.rand(4).half() * 60000, "bad.weight": weight}, tmp_path / "model.safetensors")
     checkpoint = Checkpoint(tmp_path)
     with pytest.raises(UserError, match=f"bad.weight in .*model.safetensors holds {word}"):
         checkpoint.finite_tensor("bad.weight")
+    with pytest.raises(UserError, match=f"bad.weight in .*model.safetensors holds {word}"):
+        list(checkpoint.finite_chunks("bad.weight"))
+    assert b"".join(checkpoint.finite_chunks("fine")) == checkpoint.tensor("fine").numpy().tobytes()
 
 
 def test_fingerprint_is_of_the_content(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:

@@ -161,8 +161,8 @@ def test_refused_models(model_dir: Callable[[str], Path], tmp_path: Path) -> Non
     with pytest.raises(UserError, match="dense"):
         opened(tmp_path / "dense")
     path = rewrite(model_dir("olmoe"), tmp_path / "fp8", lambda tensors: None)
-    edit_config(path, quantization_config={"quant_method": "fp8"})
-    with pytest.raises(UserError, match=r"quantized \(fp8\)"):
+    edit_config(path, quantization_config={"quant_method": "gptq"})
+    with pytest.raises(UserError, match=r"quantized \(gptq\)"):
         opened(path)
     edit_config(path, quantization_config={"quant_method": "shared_core"})
     with pytest.raises(UserError, match="compressed already"):

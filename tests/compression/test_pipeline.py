@@ -432,6 +432,22 @@ def test_compressing_a_student_is_refused(model_dir: Callable[[str], Path], sett
         compressed(settings(run.checkpoint(0)), tmp_path / "twice")
 
 
+def test_nan_outside_the_experts_is_named(model_dir: Callable[[str], Path], settings: Settings, tmp_path: Path) -> None:
+    tensors = tensors_of(model_dir("olmoe"))
+    tensors["model.norm.weight"][3] = float("nan")
+    tensors["extra.buffer"] = torch.tensor([float("inf")])  # nothing loads it, so it may hold what it likes
+    shutil.copytree(model_dir("olmoe"), tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors*"))
+    save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    run = Run.create(tmp_path / "run", settings(tmp_path / "model"))
+    with pytest.raises(UserError, match=r"tensor model.norm.weight in .*model.safetensors holds NaN"):
+        compress(run)
+    assert not run.checkpoint(0).exists() and not run.finished("compress")
+    tensors["model.norm.weight"][3] = 1.0
+    save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    compress(run)
+    assert tensors_of(run.checkpoint(0))["extra.buffer"].isinf().all()
+
+
 SPEC = FitSpec(delta_rank=2, iterations=2)
 
 

@@ -198,17 +198,34 @@ class Checkpoint:
         """
         tensor = self.tensor(name)
         # Piece by piece, because isfinite makes temporaries as large as what it looks at.
-        if not all(piece.isfinite().all() for piece in tensor.reshape(-1).split(_PIECE_VALUES)):
-            kind = "NaN" if tensor.isnan().any() else "infinity"
-            raise UserError(f"tensor {name} in {self.entries[name].file} holds {kind}; the checkpoint is damaged")
+        for piece in tensor.reshape(-1).split(_PIECE_VALUES):
+            self._refuse_not_finite(name, piece)
         return tensor
 
-    def chunks(self, name: str) -> Iterator[bytes]:
+    def chunks(self, name: str) -> Iterator[bytearray | memoryview]:
         """Yield the bytes of one tensor in pieces of at most `COPY_BYTES`, as they lie on disk."""
         entry = self.entries[name]
         with entry.file.open("rb") as stream:
             stream.seek(entry.start)
             yield from _pieces(stream, entry)
+
+    def finite_chunks(self, name: str) -> Iterator[bytearray | memoryview]:
+        """Yield the bytes of one tensor like `chunks`, refusing NaN and infinity.
+
+        Raises:
+            UserError: the tensor holds NaN or infinity; the message names it and its file.
+        """
+        dtype = DTYPES.get(self.entries[name].dtype)
+        for piece in self.chunks(name):
+            if dtype is not None and dtype.is_floating_point:
+                self._refuse_not_finite(name, torch.frombuffer(piece, dtype=dtype))
+            yield piece
+
+    def _refuse_not_finite(self, name: str, values: torch.Tensor) -> None:
+        values = values.float() if values.itemsize == 1 else values  # fp8 knows no isfinite
+        if not values.isfinite().all():
+            kind = "NaN" if values.isnan().any() else "infinity"
+            raise UserError(f"tensor {name} in {self.entries[name].file} holds {kind}; the checkpoint is damaged")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -227,11 +244,11 @@ class Checkpoint:
         return digest.hexdigest()[:16]
 
 
-def _pieces(stream: BinaryIO, entry: TensorEntry) -> Iterator[bytes]:
+def _pieces(stream: BinaryIO, entry: TensorEntry) -> Iterator[bytearray]:
     left = entry.nbytes
     while left:
-        piece = stream.read(min(left, COPY_BYTES))
-        if not piece:
+        piece = bytearray(min(left, COPY_BYTES))
+        if stream.readinto(piece) != len(piece):  # type: ignore[attr-defined]
             raise UserError(f"shard {entry.file} was cut short while tensor {entry.name} was copied")
         left -= len(piece)
         yield piece

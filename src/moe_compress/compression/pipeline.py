@@ -367,6 +367,11 @@ def _walk(
             raise UserError(
                 f"{name} cannot be calibrated layer by layer ({reason}); set compression.calibration.sequential=false"
             ) from reason
+        if source.dequantized:
+            raise UserError(
+                f"{name} cannot be calibrated layer by layer ({reason}), and {source.path} is quantized; "
+                "set compression.calibration.enabled=false"
+            ) from reason
         console.print(
             f"calibrating with the whole model in memory: {name} cannot be run layer by layer ({reason})",
             highlight=False,

@@ -29,7 +29,7 @@ class Source:
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
-    chunks: Callable[[], Iterator[bytes | memoryview]]
+    chunks: Callable[[], Iterator[bytearray | memoryview]]
 
 
 def tensor_source(tensor: torch.Tensor) -> Source:
@@ -44,10 +44,11 @@ def tensor_source(tensor: torch.Tensor) -> Source:
     return Source(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), flat.numel(), chunks)
 
 
-def disk_source(checkpoint: Checkpoint, name: str) -> Source:
-    """A tensor of a checkpoint, copied byte for byte."""
+def disk_source(checkpoint: Checkpoint, name: str, *, finite: bool = False) -> Source:
+    """A tensor of a checkpoint, copied byte for byte; with `finite`, NaN and infinity are refused (UserError)."""
     entry = checkpoint[name]
-    return Source(entry.dtype, entry.shape, entry.nbytes, lambda: checkpoint.chunks(name))
+    read = checkpoint.finite_chunks if finite else checkpoint.chunks
+    return Source(entry.dtype, entry.shape, entry.nbytes, lambda: read(name))
 
 
 def write_shard(path: Path, sources: Mapping[str, Source], metadata: Mapping[str, str] | None = None) -> None:

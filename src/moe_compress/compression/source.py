@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from moe_compress.compression.checkpoint import Checkpoint
+from moe_compress.compression.fp8 import Fp8Checkpoint, is_fp8
 from moe_compress.compression.mapping import ModelMap, map_checkpoint, meta_model
 from moe_compress.config import ModelConfig
 from moe_compress.errors import UserError
@@ -21,12 +22,17 @@ _COPIED_DIRECTORIES = ("additional_chat_templates",)
 
 @dataclass(frozen=True)
 class SourceModel:
-    """A model on disk, opened by its headers only."""
+    """A model on disk, opened by its headers only.
+
+    Attributes:
+        dequantized: whether it is quantized on disk, so that only `checkpoint` reads it as what it stands for.
+    """
 
     path: Path
     raw_config: dict[str, Any]  # config.json as it is
     checkpoint: Checkpoint
     map: ModelMap
+    dequantized: bool = False
 
     def side_files(self) -> list[Path]:
         """Everything of the directory that is neither weights nor config.json, relative to it, sorted."""
@@ -57,12 +63,15 @@ def open_model(settings: ModelConfig) -> SourceModel:
         method = quantization.get("quant_method", "an unknown method")
         if method == "shared_core":
             raise UserError(f"{path} is compressed already; give the original model instead")
-        raise UserError(f"{path} is quantized ({method}); give an unquantized checkpoint of the same model instead")
-    checkpoint = Checkpoint(path)
+        if not is_fp8(quantization):
+            raise UserError(f"{path} is quantized ({method}); give an unquantized checkpoint of the same model instead")
+    checkpoint = Fp8Checkpoint(path, quantization) if quantization else Checkpoint(path)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{path / 'config.json'} is not a configuration that Transformers knows: {reason}") from error
+    if quantization:  # what is read is not quantized any more, and the model is built for that
+        del config.quantization_config
     model = meta_model(config, trust_remote_code=settings.trust_remote_code)
-    return SourceModel(path, raw_config, checkpoint, map_checkpoint(checkpoint, model))
+    return SourceModel(path, raw_config, checkpoint, map_checkpoint(checkpoint, model), bool(quantization))

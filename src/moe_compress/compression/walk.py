@@ -8,6 +8,7 @@ out of a layer does not depend on where a run was interrupted.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -50,25 +51,30 @@ class CalibrationWalk:
             progress: called with the decoder layers done and those to do.
         """
         self.calibration.directory.mkdir(parents=True, exist_ok=True)
-        wanted = [number for number, layers in enumerate(self.model.moe_layers) if not all(map(done, layers))]
-        if not wanted:
+        todo = [index for layers in self.model.moe_layers for index in layers if not done(index)]
+        if not self.calibration.sequential:  # what an interrupted walk has left can be used before going on
+            ready = list(takewhile(self.calibration.finished, todo))
+            yield from ready
+            todo = todo[len(ready) :]
+        if not todo:
             return
+        wanted = [number for number, layers in enumerate(self.model.moe_layers) if not set(todo).isdisjoint(layers)]
         first, last = self._start(wanted[0]), wanted[-1]
         for number in range(first, last + 1):
             layers = self.model.moe_layers[number]
-            todo = [index for index in layers if not done(index)]
-            missing = [index for index in todo if not self.calibration.finished(index)]
+            here = [index for index in layers if index in todo]
+            missing = [index for index in here if not self.calibration.finished(index)]
             onward = number < last
             if self.calibration.sequential:
                 if missing:
                     self._pass(number, missing, onward=False)
-                yield from todo
+                yield from here
                 if onward:
                     self._pass(number, [], onward=True, compressed={index: compressed(index) for index in layers})
             else:
                 if missing or onward:
                     self._pass(number, missing, onward=onward)
-                yield from todo
+                yield from here
             progress(number - first + 1, last - first + 1)
         self._file(last).unlink(missing_ok=True)
 
@@ -116,7 +122,7 @@ class CalibrationWalk:
         """Write the inputs of a decoder layer as they are computed, so that one batch at a time is in memory."""
         first = next(outputs)
 
-        def chunks(batch: int) -> Iterator[bytes | memoryview]:
+        def chunks(batch: int) -> Iterator[bytearray | memoryview]:
             output = first if batch == 0 else next(outputs)
             yield from tensor_source(output).chunks()
 

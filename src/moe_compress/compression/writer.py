@@ -80,12 +80,17 @@ class CheckpointWriter:
         return {name.removeprefix(prefix): read_tensor(entry) for name, entry in entries.items()}
 
     def copy_others(self, number: int) -> None:
-        """Copy one of the groups `copied` of tensors outside the experts, byte for byte, unless it is there already."""
+        """Copy one of the groups `copied` of tensors outside the experts, byte for byte, unless it is there already.
+
+        Raises:
+            UserError: a tensor that the model loads holds NaN or infinity.
+        """
         checkpoint = self.source.checkpoint
         names = self.copied[number]
         made_by = fingerprint({"source": checkpoint.fingerprint, "names": names})
         if self._facts(self.copied_file(number), made_by) is None:
-            sources = {name: disk_source(checkpoint, name) for name in names}
+            unused = set(self.source.map.unused)
+            sources = {name: disk_source(checkpoint, name, finite=name not in unused) for name in names}
             write_shard(self.copied_file(number), sources, {_METADATA: json.dumps({"made_by": made_by})})
 
     def finish(self, plan: Plan) -> int:

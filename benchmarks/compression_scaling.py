@@ -1,0 +1,244 @@
+"""Peak memory and time of `moe-compress compress` against depth and processes, and the closed form against Adam.
+
+    python benchmarks/compression_scaling.py --output scaling.json            # the full table, about an hour on 2 cores
+    python benchmarks/compression_scaling.py --layers 2 3 --experts 4 --hidden 64 --intermediate 32 --adam-steps 20
+
+Checkpoints of random experts are generated (written layer by layer, so that this script needs no memory either), and
+each compression runs in a process of its own, whose peak resident memory the system reports. The peak may not grow with
+depth and has to stay below three times one layer's experts in fp32 plus what the interpreter and the libraries take,
+which a process that only opens the model measures. Exits with 1 if it does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_compress.compression.shards import tensor_source, write_shard
+from moe_compress.factorization import FitSpec, fit
+from moe_compress.files import write_json
+
+TOP_K = 8
+
+
+def main() -> int:
+    options = _options()
+    work = Path(tempfile.mkdtemp(prefix="scaling-", dir=options.directory))
+    layer_bytes = 4 * options.experts * 3 * options.hidden * options.intermediate
+    facts: dict[str, Any] = {
+        "layer_bytes_fp32": layer_bytes,
+        "settings": {key: str(value) for key, value in vars(options).items()},
+        "runs": [],
+    }
+    try:
+        for layers in options.layers:
+            model = work / f"model-{layers}"
+            source_bytes = generate(model, layers, options)
+            baseline = measured([sys.executable, "-m", "moe_compress", "plan", *settings(model, options)])
+            for ranks in options.ranks:
+                run = work / f"run-{layers}-{ranks}"
+                command = [sys.executable, "-m", "moe_compress", "compress", f"run={run}", *settings(model, options)]
+                if ranks > 1:
+                    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+                    command[1:1] = launcher
+                found = measured(command)
+                row = {
+                    "layers": layers,
+                    "ranks": ranks,
+                    "seconds": found["seconds"],
+                    "seconds_per_gb": found["seconds"] / (source_bytes / 1e9),
+                    "peak_bytes": found["peak_bytes"],
+                    "libraries_bytes": baseline["peak_bytes"],
+                    "layers_of_memory": (found["peak_bytes"] - baseline["peak_bytes"]) / layer_bytes,
+                }
+                facts["runs"].append(row)
+                print(json.dumps(row), flush=True)
+                shutil.rmtree(run)
+            shutil.rmtree(model)
+        facts["closed_form_against_adam"] = closed_form_against_adam(options)
+        print(json.dumps(facts["closed_form_against_adam"]), flush=True)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    if options.output:
+        write_json(options.output, facts)
+    print(table(facts))
+    failures = [f"{row['layers']} layers: {row['layers_of_memory']:.2f} layers of memory" for row in facts["runs"]
+                if row["layers_of_memory"] >= 3]  # fmt: skip
+    alone = [row["peak_bytes"] for row in facts["runs"] if row["ranks"] == 1]
+    if alone and max(alone) > 1.05 * alone[0]:
+        failures.append("the peak grows with depth")
+    for failure in failures:
+        print(f"FAILED: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def settings(model: Path, options: argparse.Namespace) -> list[str]:
+    return [
+        f"model={model}",
+        f"compression.rank={options.rank}",
+        "compression.calibration.enabled=false",
+        "compression.device=cpu",
+    ]
+
+
+def generate(path: Path, layers: int, options: argparse.Namespace) -> int:
+    """Write a random Qwen3-MoE in bfloat16, a shard per layer; returns the bytes of its tensors."""
+    path.mkdir(parents=True)
+    hidden, inner, vocabulary = options.hidden, options.intermediate, 1024
+    config = {
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "dtype": "bfloat16",
+        "vocab_size": vocabulary, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": 8,
+        "num_key_value_heads": 8, "head_dim": hidden // 8, "intermediate_size": inner,
+        "moe_intermediate_size": inner, "num_experts": options.experts,
+        "num_experts_per_tok": min(TOP_K, options.experts), "tie_word_embeddings": False,
+    }  # fmt: skip
+    write_json(path / "config.json", config)
+    torch.manual_seed(0)
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, shapes in enumerate(_shapes(layers, hidden, inner, vocabulary, options.experts)):
+        file = f"model-{number:05d}.safetensors"
+        tensors = {
+            name: torch.ones(shape, dtype=torch.bfloat16)
+            if len(shape) == 1
+            else torch.randn(shape, dtype=torch.bfloat16).mul_(hidden**-0.5)
+            for name, shape in shapes.items()
+        }
+        write_shard(path / file, {name: tensor_source(tensor) for name, tensor in tensors.items()})
+        weight_map.update(dict.fromkeys(tensors, file))
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    write_json(path / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return total
+
+
+def _shapes(
+    layers: int, hidden: int, inner: int, vocabulary: int, experts: int
+) -> Iterator[dict[str, tuple[int, ...]]]:
+    yield {
+        "model.embed_tokens.weight": (vocabulary, hidden),
+        "model.norm.weight": (hidden,),
+        "lm_head.weight": (vocabulary, hidden),
+    }
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}"
+        shapes: dict[str, tuple[int, ...]] = {
+            f"{prefix}.input_layernorm.weight": (hidden,),
+            f"{prefix}.post_attention_layernorm.weight": (hidden,),
+            f"{prefix}.self_attn.q_norm.weight": (hidden // 8,),
+            f"{prefix}.self_attn.k_norm.weight": (hidden // 8,),
+            f"{prefix}.mlp.gate.weight": (experts, hidden),
+        }
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            shapes[f"{prefix}.self_attn.{name}.weight"] = (hidden, hidden)
+        for expert in range(experts):
+            for name in ("gate_proj", "up_proj"):
+                shapes[f"{prefix}.mlp.experts.{expert}.{name}.weight"] = (inner, hidden)
+            shapes[f"{prefix}.mlp.experts.{expert}.down_proj.weight"] = (hidden, inner)
+        yield shapes
+
+
+_MEASURE = """
+import json, resource, subprocess, sys
+code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
+print(json.dumps([code, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss]))
+"""
+
+
+def measured(command: list[str]) -> dict[str, float]:
+    """Run a command in a fresh process tree: its seconds, and the peak of its largest process in bytes."""
+    start = time.monotonic()
+    environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURE, *command], capture_output=True, text=True, env=environment, check=False
+    )
+    seconds = time.monotonic() - start
+    code, kilobytes = json.loads(done.stdout) if done.returncode == 0 else (1, 0)
+    if code:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
+    return {"seconds": seconds, "peak_bytes": kilobytes * (1024 if sys.platform != "darwin" else 1)}
+
+
+def closed_form_against_adam(options: argparse.Namespace) -> dict[str, float | None]:
+    """Seconds of the closed form, and of Adam until it is as good, on one gate_up projection of the model's shape.
+
+    Adam is tried with twice the steps until its error is that of the closed form or `--adam-steps` are spent.
+    """
+    torch.manual_seed(0)
+    count, rows, columns = options.fit_experts or options.experts, 2 * options.intermediate, options.hidden
+    # Experts that share something, as trained ones do: on pure noise any method stops at the same error.
+    weights = torch.randn(rows, columns) + 0.5 * torch.randn(count, rows, 16) @ torch.randn(count, 16, columns) / 4
+    weights += 0.5 * torch.randn(count, rows, columns)
+
+    def run(**changes: Any) -> tuple[float, float]:
+        start = time.monotonic()
+        spec = FitSpec(parameterization="delta", delta_rank=2 * options.rank, cores=1, seed=0, **changes)
+        return fit(weights, spec).relative_error, time.monotonic() - start
+
+    error, seconds = run(method="closed_form", iterations=5)
+    steps, adam_seconds, adam_error = min(25, options.adam_steps), 0.0, float("inf")
+    while True:
+        adam_error, adam_seconds = run(method="adam", num_steps=steps, lr=1e-2)
+        if adam_error <= error * 1.001 or steps >= options.adam_steps:
+            break
+        steps = min(2 * steps, options.adam_steps)
+    return {
+        "closed_form_seconds": seconds,
+        "closed_form_error": error,
+        "adam_seconds": adam_seconds,
+        "adam_error": adam_error,
+        "adam_steps": steps,
+        "adam_reached_it": float(adam_error <= error * 1.001),
+        "times_faster": adam_seconds / seconds,
+    }
+
+
+def table(facts: dict[str, Any]) -> str:
+    """The table of docs/COMPRESSION.md."""
+    lines = [
+        "| layers | processes | s | s/GB | peak GB | libraries GB | (peak - libraries) / layer in fp32 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in facts["runs"]:
+        lines.append(
+            f"| {row['layers']} | {row['ranks']} | {row['seconds']:.0f} | {row['seconds_per_gb']:.0f} | "
+            f"{row['peak_bytes'] / 1e9:.2f} | {row['libraries_bytes'] / 1e9:.2f} | {row['layers_of_memory']:.2f} |"
+        )
+    fits = facts["closed_form_against_adam"]
+    reached = "to the same error" if fits["adam_reached_it"] else f"still above it after {fits['adam_steps']} steps"
+    lines += [
+        "",
+        f"Closed form: {fits['closed_form_seconds']:.1f} s to error {fits['closed_form_error']:.4f}; Adam: "
+        f"{fits['adam_seconds']:.1f} s to {fits['adam_error']:.4f} ({reached}): "
+        f"{fits['times_faster']:.0f} times the time.",
+    ]
+    return "\n".join(lines)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--experts", type=int, default=64)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--intermediate", type=int, default=512)
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--fit-experts", type=int, default=None, help="experts in the comparison with Adam")
+    parser.add_argument("--adam-steps", type=int, default=3200)
+    parser.add_argument("--directory", type=Path, default=None, help="where the checkpoints are generated")
+    parser.add_argument("--output", type=Path, default=None, help="JSON file for the figures")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
