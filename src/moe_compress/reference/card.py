@@ -13,7 +13,6 @@ from moe_compress.files import write_atomically
 from moe_compress.reference.data import Split
 from moe_compress.reference.recipe import ReferenceRecipe, packed_ids
 
-
 PROMPT = "class Reader:\n    def __init__(self"
 
 

@@ -36,6 +36,7 @@ class ReferenceRecipe:
     warmup_steps: int = 200
     weight_decay: float = 0.1
     load_balancing: float = 0.01
+    save_steps: int = 500
     seed: int = 42
 
     def model_config(self) -> OlmoeConfig:
@@ -123,6 +124,12 @@ def load_balancing_loss(router_logits: tuple[torch.Tensor, ...], top_k: int) -> 
 
 
 class _ReferenceTrainer(Trainer):
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        # Checkpoints hold one matrix per expert. The Trainer would load them without the conversion that
+        # `from_pretrained` applies, find no name that fits the experts, warn, and go on with random ones.
+        state = OlmoeForCausalLM.from_pretrained(resume_from_checkpoint, dtype=torch.float32).state_dict()
+        (model or self.model).load_state_dict(state)
+
     def compute_loss(  # type: ignore[override]
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -169,8 +176,8 @@ def train_reference(output_dir: Path, recipe: ReferenceRecipe | None = None) -> 
             seed=recipe.seed,
             use_cpu=not torch.cuda.is_available(),
             eval_strategy="steps",
-            eval_steps=500,
-            save_steps=500,
+            eval_steps=recipe.save_steps,
+            save_steps=recipe.save_steps,
             save_total_limit=1,
             logging_steps=50,
             report_to=[],
