@@ -15,6 +15,7 @@ from moe_compress.factorization import (
     error_curve,
     fit,
     greedy_ranks,
+    largest_rank,
     projection_bytes,
     shrink_grams,
     uniform_ranks,
@@ -77,6 +78,7 @@ def test_budget_is_kept_and_used(draws, ratio, cores, multiple, parameterization
     shapes = {f"layer.{i}": (6, 24 + 8 * i, 40) for i in range(len(draws))}
     curves = curves_of(shapes, draws)
     budget = math.floor(ratio * sum(2 * math.prod(shape) for shape in shapes.values()))
+    least = 2 if parameterization == "wrapper" else 1
     common = {"cores": cores, "bytes_per_value": 2, "rank_multiple": multiple, "parameterization": parameterization}
     try:
         even = uniform_ranks(shapes, target_bytes=budget, **common)
@@ -85,16 +87,19 @@ def test_budget_is_kept_and_used(draws, ratio, cores, multiple, parameterization
     ranks = greedy_ranks(curves, shapes, budget=budget, **common)
     assert list(ranks) == list(shapes)
     spent = sum(projection_bytes(*shapes[name], rank, cores, 2) for name, rank in ranks.items())
-    step = max(2 * 6 * max(multiple, 2) * sum(shape[1:]) for shape in shapes.values())
     assert spent <= budget
     for name, rank in ranks.items():
         check_rank(name, shapes[name], rank, cores=cores, parameterization=parameterization)
         assert rank % multiple == 0 or min(ranks.values()) < multiple
-    error, even_error = (sum(curves[name][r] for name, r in found.items()) for found in (ranks, even))
-    # Never worse than the even division but for one step that does not fit any more.
-    assert error <= even_error + max(curve[0] - curve[min(multiple, 2)] for curve in curves.values()) + 1e-9 or (
-        spent > budget - step
-    )
+        step = max(multiple, least) if rank >= multiple else least
+        price = projection_bytes(*shapes[name], step, 0, 2)
+        assert price > budget - spent or rank + step > largest_rank(
+            shapes[name], cores=cores, parameterization=parameterization
+        )
+    if multiple == 1:
+        # Convex curves: no division is better by more than one step, the one that does not fit any more.
+        error, even_error = (sum(curves[name][rank] for name, rank in found.items()) for found in (ranks, even))
+        assert error <= even_error + max(curve[least] - curve[2 * least] for curve in curves.values()) + 1e-9
 
 
 def test_the_best_division_is_found():
