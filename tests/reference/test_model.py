@@ -38,5 +38,5 @@ def test_it_predicts_unseen_code_and_uses_every_expert(model):
 
 def test_the_tokenizer_is_lossless():
     tokenizer = load_tokenizer("reference")
-    text = "def f(x):\n\treturn {'é': x}  # – ok\n"
+    text = "def f(x):\n\treturn {'é': x}  # Grüße\n"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
