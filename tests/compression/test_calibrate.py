@@ -14,6 +14,7 @@ from moe_compress.compression import calibrate
 from moe_compress.compression.calibrate import Calibration, LayerGrams, collect_grams
 from moe_compress.config import Config
 from moe_compress.errors import UserError
+from moe_compress.factorization import shrink_grams
 from moe_compress.modeling import find_experts
 
 Call = tuple[Tensor, Tensor, Tensor]
@@ -187,3 +188,21 @@ def test_overflow_is_told(
     path = model_dir("olmoe")
     with pytest.raises(UserError, match="calibration met NaN or infinity at the input of gate_up_proj in MoE layer 0"):
         calibration(settings(path, calibrate=True), path, tmp_path).run([0], torch.device("cpu"), lambda *_: None)
+
+
+def test_experts_of_few_tokens_are_moved_further_to_the_mean_of_the_layer() -> None:
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.tensor([1000, 1000, 20, 0])
+    inputs = [torch.randn(int(count), 8, generator=generator) * torch.linspace(0.1, 2, 8) for count in counts]
+    inputs = [rows.roll(expert, 1) for expert, rows in enumerate(inputs)]
+    grams = torch.stack([rows.mT @ rows for rows in inputs])
+    shrunk = shrink_grams(grams, 0.1, counts)
+    mean = grams[:3].mean(0)
+
+    def turned(expert: int) -> float:
+        """How far from its own shape towards the mean's, from 0 to 1."""
+        own, now, target = (gram / gram.trace() for gram in (grams[expert], shrunk[expert], mean))
+        return float((now - own).norm() / (target - own).norm())
+
+    assert turned(0) < 0.2 and turned(1) < 0.2 < 0.7 < turned(2)
+    assert torch.equal(shrunk[3], mean)

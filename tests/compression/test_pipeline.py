@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moe_compress.compression import compress, pipeline, writer
+from moe_compress.compression import compress, job, pipeline, writer
 from moe_compress.compression.layer import LayerInput, LayerSettings, fit_layer, layer_input
 from moe_compress.compression.planning import Plan, ProjectionPlan, make_plan
 from moe_compress.compression.source import open_model
@@ -265,7 +265,7 @@ def test_interrupted_and_resumed_gives_the_same_bytes(
     monkeypatch.setattr(writer, "SHARD_BYTES", 10_000)
     whole = compressed(settings(source, calibrate=True), tmp_path / "whole")
     fitted: list[str] = []
-    real_fit, real_write, real_report = pipeline.fit_layer, writer.write_shard, pipeline.write_json
+    real_fit, real_write, real_report = job.fit_layer, writer.write_shard, pipeline.write_json
 
     def fit(layer: LayerInput, *arguments: Any) -> Any:
         if len(fitted) == 1:
@@ -274,7 +274,7 @@ def test_interrupted_and_resumed_gives_the_same_bytes(
         fitted.append(layer.name)
         return real_fit(layer, *arguments)
 
-    monkeypatch.setattr(pipeline, "fit_layer", fit)
+    monkeypatch.setattr(job, "fit_layer", fit)
     run = Run.create(tmp_path / "run", settings(source, calibrate=True))
     with pytest.raises(KeyboardInterrupt):
         compress(run)
@@ -287,7 +287,7 @@ def test_interrupted_and_resumed_gives_the_same_bytes(
     def no_calibration(*arguments: Any) -> None:
         raise AssertionError("the Gram matrices were collected again")
 
-    monkeypatch.setattr(pipeline.CalibrationWalk, "_pass", no_calibration)
+    monkeypatch.setattr(job.CalibrationWalk, "_pass", no_calibration)
 
     copies: list[str] = []
 

@@ -12,25 +12,15 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from moe_compress.compression.allocate import Ranks, allocate_ranks
 from moe_compress.compression.calibrate import Calibration
-from moe_compress.compression.layer import LayerSettings, fit_layer, layer_input
-from moe_compress.compression.layerwise import DoesNotFit, LayerwiseModel
+from moe_compress.compression.job import Job, calibration_walk, copy_others, progress_bars
+from moe_compress.compression.layer import LayerSettings
 from moe_compress.compression.plan_table import print_plan
 from moe_compress.compression.planning import Plan, check_disk, check_plan, make_plan
 from moe_compress.compression.ranks import stored_dtype
 from moe_compress.compression.source import SourceModel, open_model
-from moe_compress.compression.walk import CalibrationWalk
 from moe_compress.compression.workers import Team
 from moe_compress.compression.writer import CheckpointWriter, LayerRecord
 from moe_compress.config import Config
@@ -99,7 +89,7 @@ def _compress(run: Run, team: Team, console: Console) -> None:
 
 def _allocate(run: Run, source: SourceModel, device: torch.device, console: Console) -> Ranks:
     """Measure how to divide the budget, or read what was measured before."""
-    with _progress(console) as progress:
+    with progress_bars(console) as progress:
         task = progress.add_task("measuring errors", total=None, error="")
         file = run.path / "allocation.json"
         return allocate_ranks(
@@ -146,12 +136,12 @@ def compress_model(
             team.publish("directory", str(directory))
         else:
             writer = CheckpointWriter(Path(team.wait("directory")), source)
-        progress = stack.enter_context(_progress(console))
-        job = _Job(source, settings, keys, calibration, writer, progress, team)
+        progress = stack.enter_context(progress_bars(console))
+        job = Job(source, settings, keys, calibration, writer, progress, team)
         if calibration is not None and team.leads:
-            job.calibrate_and_fit(_walk(config, source, calibration, device, console), device)
+            job.calibrate_and_fit(calibration_walk(config, source, calibration, device, console), device)
         job.fit_layers()
-        _copy_others(writer, progress, team)
+        copy_others(writer, progress, team)
         team.arrive("done")
         if not team.leads:
             return None
@@ -259,136 +249,6 @@ def _records(writer: CheckpointWriter, keys: list[str]) -> list[LayerRecord]:
     return complete
 
 
-class _Job:
-    """The layers of one compression, of which each process of the team does some."""
-
-    def __init__(
-        self,
-        source: SourceModel,
-        settings: list[LayerSettings],
-        keys: list[str],
-        calibration: Calibration | None,
-        writer: CheckpointWriter,
-        progress: Progress,
-        team: Team,
-    ) -> None:
-        self.source, self.settings, self.keys = source, settings, keys
-        self.calibration, self.writer, self.progress, self.team = calibration, writer, progress, team
-        self.task = progress.add_task("fitting layers", total=len(keys), error="")
-
-    def written(self, index: int) -> bool:
-        """Whether a layer has its shard."""
-        return self.writer.record(index, self.keys[index]) is not None
-
-    def fit_layers(self) -> None:
-        """Fit and write layers, as long as there are any that nobody else has taken."""
-        if self.calibration is not None and self.calibration.sequential and not self.team.leads:
-            return  # each layer waits for the one before it: the leader does them all
-        for index in self.team.take("layers", len(self.keys)):
-            self.fit(index)
-
-    def fit(self, index: int) -> None:
-        """Fit and write a layer that this process has taken, unless its shard is there already."""
-        if not self.written(index):
-            layer = self.source.map.layers[index]
-            grams = None
-            if self.calibration is not None:
-                self.team.wait(f"grams of {index}")
-                grams = self.calibration.load(index)
-            tensors = self.source.map.load(self.source.checkpoint, layer)
-            result = fit_layer(layer_input(layer.experts, tensors, grams), self.settings[index], self._show)
-            del tensors, grams
-            self.writer.write_layer(index, result, self.keys[index])
-            if self.calibration is not None:
-                self.calibration.file(index).unlink(missing_ok=True)
-        self.progress.update(self.task, completed=self.team.add("layers written"))
-
-    def calibrate_and_fit(self, walk: CalibrationWalk | None, device: torch.device) -> None:
-        """Collect the Gram matrices of all layers that have no shard, for this process and the others.
-
-        So that they do not fill the disk, this process fits a layer itself whenever as many wait to be fitted as there
-        are processes; alone, it fits each layer at once.
-
-        Args:
-            walk: collects them layer by layer; None does it with the whole model in memory, all before the first fit.
-        """
-        assert self.calibration is not None
-        pending = [index for index in range(len(self.keys)) if not self.written(index)]
-        if walk is None:
-            missing = [index for index in pending if not self.calibration.finished(index)]
-            task = self._calibration_task(len(missing))
-            if missing:
-                self.calibration.run(
-                    missing, device, lambda done, total: self.progress.update(task, completed=done, total=total)
-                )
-            for index in pending:
-                self.team.publish(f"grams of {index}")
-            return
-        task = self._calibration_task(len(pending))
-        taken: list[int] = []  # by this process, their matrices yet to come
-        walked = walk.run(
-            self.written,
-            self.writer.layer_tensors,
-            lambda done, total: self.progress.update(task, completed=done, total=total),
-        )
-        for index in walked:
-            self.team.publish(f"grams of {index}")
-            while index + 1 - self.team.add("layers", 0) >= (1 if self.calibration.sequential else self.team.size):
-                number = self.team.take_one("layers", len(self.keys))
-                taken += [] if number is None else [number]
-            for number in [number for number in taken if number <= index]:
-                taken.remove(number)
-                self.fit(number)
-        for number in taken:
-            self.fit(number)
-
-    def _calibration_task(self, pending: int) -> TaskID:
-        assert self.calibration is not None
-        text = f"{self.calibration.rows.size:,} tokens"
-        return self.progress.add_task("calibrating", total=None, error=text, visible=pending > 0)
-
-    def _show(self, projection: str, error: float) -> None:
-        self.progress.update(self.task, error=f"{projection} error {error:.3f}")
-
-
-def _walk(
-    config: Config, source: SourceModel, calibration: Calibration, device: torch.device, console: Console
-) -> CalibrationWalk | None:
-    """The calibration layer by layer, or None (and a word about it) for an architecture that does not fit it.
-
-    Raises:
-        UserError: it does not fit, and the settings or the source leave no other way.
-    """
-    try:
-        model = LayerwiseModel(source, config.model, device)
-    except DoesNotFit as reason:
-        name = type(source.map.model).__name__
-        if config.compression.calibration.sequential:
-            raise UserError(
-                f"{name} cannot be calibrated layer by layer ({reason}); set compression.calibration.sequential=false"
-            ) from reason
-        if source.dequantized:
-            raise UserError(
-                f"{name} cannot be calibrated layer by layer ({reason}), and {source.path} is quantized; "
-                "set compression.calibration.enabled=false"
-            ) from reason
-        console.print(
-            f"calibrating with the whole model in memory: {name} cannot be run layer by layer ({reason})",
-            highlight=False,
-            soft_wrap=True,
-        )
-        return None
-    return CalibrationWalk(model, calibration, [layer.experts for layer in source.map.layers])
-
-
-def _copy_others(writer: CheckpointWriter, progress: Progress, team: Team) -> None:
-    """Copy shards of what is not an expert, as long as there are any that nobody else has taken."""
-    task = progress.add_task("copying the rest", total=len(writer.copied), error="")
-    for number in team.take("copies", len(writer.copied)):
-        writer.copy_others(number)
-        progress.update(task, completed=team.add("copies written"))
-
-
 def _keys(source: SourceModel, plan: Plan, settings: list[LayerSettings], calibration: Calibration | None) -> list[str]:
     """What identifies the tensors of each layer; in a sequential calibration, all layers before it belong to that."""
     keys: list[str] = []
@@ -413,18 +273,6 @@ def _made_by(source: SourceModel, name: str, settings: LayerSettings, grams: str
             "shrinkage": settings.shrinkage if grams is not None else None,
             "calibration": grams,
         }
-    )
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description:<16}"),
-        BarColumn(bar_width=16),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[error]}"),
-        console=console,
     )
 
 
