@@ -220,11 +220,9 @@ def _common_list(model: nn.Module, names: list[str]) -> str:
 
 def _compute_dtype(source: SourceModel, settings: ModelConfig) -> torch.dtype:
     """The type that `from_pretrained` would load the model in."""
-    declared = settings.dtype
-    if declared == "auto":
-        declared = source.map.model.config.dtype or next(
-            (entry.torch_dtype for entry in map(source.checkpoint.__getitem__, source.map.passthrough)
-             if entry.torch_dtype.is_floating_point),
-            torch.float32,
-        )  # fmt: skip
-    return getattr(torch, declared.removeprefix("torch.")) if isinstance(declared, str) else declared
+    declared: str | torch.dtype | None = settings.dtype if settings.dtype != "auto" else source.map.model.config.dtype
+    if isinstance(declared, str):
+        return getattr(torch, declared.removeprefix("torch."))
+    entries = (source.checkpoint[name] for name in source.map.passthrough)
+    floating = (entry.torch_dtype for entry in entries if entry.torch_dtype.is_floating_point)
+    return declared or next(floating, torch.float32)

@@ -8,6 +8,7 @@ out of a layer does not depend on where a run was interrupted.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 
@@ -132,7 +133,7 @@ class CalibrationWalk:
                 pattern.dtype,
                 (len(input_ids), *pattern.shape[1:]),
                 len(input_ids) * pattern.nbytes,
-                lambda batch=batch: chunks(batch),
+                partial(chunks, batch),
             )
             for batch, input_ids in enumerate(self.calibration.batches)
         }
