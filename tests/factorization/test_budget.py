@@ -121,6 +121,13 @@ def test_left_over_bytes_go_to_further_multiples():
     assert uniform_ranks(shapes, target_bytes=target, cores=1, bytes_per_value=2, rank_multiple=1) == {"a": 15, "b": 15}
 
 
+def test_left_over_bytes_go_where_most_was_rounded_away():
+    """A share of 0.3 is a rank of 15 of a and c, rounded down to 8, and of exactly 24 of b, which needs no more."""
+    shapes = {"b": (10, 160, 160), "a": (10, 100, 100), "c": (10, 100, 100)}
+    ranks = uniform_ranks(shapes, ratio=0.3, cores=0, bytes_per_value=2, rank_multiple=8)
+    assert ranks == {"b": 24, "a": 16, "c": 8}
+
+
 def test_bytes_and_ratio_are_the_same_budget():
     shapes = {"a": (8, 64, 128), "b": (8, 128, 32)}
     total = sum(math.prod(shape) * 2 for shape in shapes.values())
