@@ -106,11 +106,13 @@ def four_layers(make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path) 
     return tmp_path / "model"
 
 
+@pytest.mark.parametrize("sequential", [False, True])
 def test_two_processes_give_the_bytes_of_one(
-    four_layers: Path, settings: Callable[..., Config], tmp_path: Path, one_thread: None
+    sequential: bool, four_layers: Path, settings: Callable[..., Config], tmp_path: Path, one_thread: None
 ) -> None:
     """And they continue what one process began."""
     config = settings(four_layers, calibrate=True)
+    config.compression.calibration.sequential = sequential
     single = Run.create(tmp_path / "single", config)
     compress(single)
     run = Run.create(tmp_path / "run", config)
