@@ -22,6 +22,8 @@ _CHECK = """
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 import inspect, sys, transformers.quantizers.auto as registry
 assert "def register_quantizer" in inspect.getsource(registry)
+for loader in (registry.__loader__, registry.__spec__.loader):
+    assert "moe_compress" not in type(loader).__module__
 assert not [finder for finder in sys.meta_path if "moe_compress" in type(finder).__module__]
 print(AUTO_QUANTIZATION_CONFIG_MAPPING["shared_core"].__name__, AUTO_QUANTIZER_MAPPING["shared_core"].__name__)
 """
