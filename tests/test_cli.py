@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from moe_compress import settings
 from moe_compress.cli import main
 from moe_compress.cli.commands import COMMANDS
 from moe_compress.config import Config
@@ -157,12 +158,13 @@ def test_plan_and_bench_take_settings_of_a_run(recorder: Recorder, monkeypatch: 
     assert main(["plan", "run=r", "compression.target_ratio=0.4"]) == 0
     assert main(["bench", "run=r"]) == 0
     assert main(["plan"]) == 0
+    preset = settings.compose([]).compression.target_ratio
     assert [(config.compression.iterations, config.compression.target_ratio) for config in seen] == [
         (3, 0.4),
-        (3, 0.2),
-        (5, 0.2),
+        (3, preset),
+        (5, preset),
     ]
-    assert yaml.safe_load(Path("r/config.yaml").read_text())["compression"]["target_ratio"] == 0.2
+    assert yaml.safe_load(Path("r/config.yaml").read_text())["compression"]["target_ratio"] == preset
 
 
 def test_export(recorder: Recorder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
