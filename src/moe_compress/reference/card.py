@@ -63,7 +63,8 @@ def measure_reference(model_dir: Path, recipe: ReferenceRecipe, prompt: str = PR
         split: packed_ids(tokenizer, split, recipe.sequence_length, recipe.seed)
         for split in ("train", "validation", "test")
     }
-    losses, unigram = {}, {}
+    losses: dict[str, float] = {}
+    unigram: dict[str, float] = {}
     load = torch.zeros(0)
     for split, ids in rows.items():
         part = ids[: len(rows["validation"])] if split == "train" else ids
@@ -83,7 +84,7 @@ def measure_reference(model_dir: Path, recipe: ReferenceRecipe, prompt: str = PR
         load_entropy=entropy.tolist(),
         largest_load=(share.max(-1).values * share.shape[-1]).tolist(),
         dead_experts=(load == 0).sum(-1).tolist(),
-        sample=tokenizer.decode(generated[0], skip_special_tokens=True),
+        sample=str(tokenizer.decode(generated[0], skip_special_tokens=True)),
     )
 
 

@@ -80,7 +80,7 @@ def train_tokenizer(vocab_size: int, split: Split = "train") -> PreTrainedTokeni
     )
 
 
-def packed_ids(tokenizer: PreTrainedTokenizerFast, split: Split, length: int, seed: int = 42) -> torch.Tensor:
+def packed_ids(tokenizer: Any, split: Split, length: int, seed: int = 42) -> torch.Tensor:
     """All documents of a split, shuffled, joined by end-of-text and cut to rows: int64 `[rows, length]`."""
     documents = list(stdlib_documents(split))
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -128,7 +128,8 @@ class _ReferenceTrainer(Trainer):
         # Checkpoints hold one matrix per expert. The Trainer would load them without the conversion that
         # `from_pretrained` applies, find no name that fits the experts, warn, and go on with random ones.
         state = OlmoeForCausalLM.from_pretrained(resume_from_checkpoint, dtype=torch.float32).state_dict()
-        (model or self.model).load_state_dict(state)
+        target: Any = model or self.model
+        target.load_state_dict(state)
 
     def compute_loss(  # type: ignore[override]
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -159,7 +160,7 @@ def train_reference(output_dir: Path, recipe: ReferenceRecipe | None = None) -> 
         tokenizer = train_tokenizer(recipe.vocab_size)
         tokenizer.save_pretrained(work)
     set_seed(recipe.seed)
-    model = OlmoeForCausalLM(recipe.model_config())
+    model: Any = OlmoeForCausalLM(recipe.model_config())
     trainer = _ReferenceTrainer(
         model=model,
         args=TrainingArguments(
