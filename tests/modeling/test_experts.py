@@ -210,6 +210,22 @@ def test_autocast_computes_in_bf16_and_differentiates_in_fp32(kind: str, paramet
         assert torch.linalg.vector_norm(value - wanted) <= 6e-2 * torch.linalg.vector_norm(wanted), name
 
 
+def test_autocast_reaches_the_grouped_gemms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not among the operations that autocast casts by itself."""
+    monkeypatch.setattr(routing, "_GATHER_LIMIT", {"cpu": 0})
+    seen = set()
+
+    def spy(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+        seen.update({rows.dtype, weight.dtype})
+        return grouped_mm(rows, weight, offsets)
+
+    grouped_mm = routing.grouped_mm
+    monkeypatch.setattr(routing, "grouped_mm", spy)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        shared(original("gated"))(*route(4, 2))
+    assert seen == {torch.bfloat16}
+
+
 def test_autocast_accepts_16_bit_activations(path: str) -> None:
     hidden, index, weights = route(4, 2)
     replacement = shared(original("gated"))
