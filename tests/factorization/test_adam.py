@@ -47,14 +47,15 @@ def test_closed_form_beats_adam_at_equal_rank(anisotropic_grams, parameterizatio
     assert slow.history[-1] < 0.8 * slow.history[0]
 
 
-def test_gram_norm_is_what_is_minimized(anisotropic_grams):
+def test_gram_norm_is_what_is_minimized(anisotropic_grams, monkeypatch):
+    monkeypatch.setattr(grams, "_DAMPING", 1e-6)
     weights, gram = random_experts(4, 12, 16), anisotropic_grams(4, 16)
     spec = adam("delta", 4, num_steps=200, lr=3e-2)
     aware, plain = fit(weights, spec, gram), fit(weights, spec)
     difference = plain.factors.materialize() - weights
     plain_error = float((difference @ gram * difference).sum() / (weights @ gram * weights).sum())
     assert aware.data_error < 0.8 * plain_error
-    assert aware.history[-1] == pytest.approx(aware.data_error, rel=0.2)
+    assert aware.history[-1] == pytest.approx(aware.data_error, rel=1e-2)
 
 
 def test_without_core_adam_approaches_the_truncated_svd():
