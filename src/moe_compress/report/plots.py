@@ -120,7 +120,7 @@ def _legend(axes: Axes) -> None:
     """Above the axes, where it covers no data."""
     figure = axes.get_figure()
     assert isinstance(figure, Figure)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=3, borderaxespad=0.2)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=2, borderaxespad=0.2)
 
 
 def _svg(name: str, draw: Callable[[Axes], None], inches: tuple[float, float] = (7.2, 3.4)) -> str:
