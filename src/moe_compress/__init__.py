@@ -6,11 +6,11 @@ compressed checkpoints. Nothing heavy is imported before it is used.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moe_compress import _plugin
 from moe_compress.errors import UserError
+from moe_compress.lazy import lazy_names
 
 if TYPE_CHECKING:
     from moe_compress.modeling import (
@@ -39,11 +39,6 @@ __all__ = [
     "load_tokenizer",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        return getattr(importlib.import_module("moe_compress.modeling"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
+__getattr__ = lazy_names(__name__, dict.fromkeys(__all__, "modeling"))
 
 _plugin.register()

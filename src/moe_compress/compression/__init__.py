@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from moe_compress.lazy import lazy_names
 
 if TYPE_CHECKING:
     from moe_compress.compression.pipeline import compress
@@ -14,8 +15,4 @@ _HOME = {"compress": "pipeline", "Plan": "planning", "plan": "planning"}
 
 __all__ = ["Plan", "compress", "plan"]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_names(__name__, _HOME)

@@ -7,8 +7,9 @@ train the student; `pipeline` is the stage of a run. Names are imported on first
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from moe_compress.lazy import lazy_names
 
 if TYPE_CHECKING:
     from moe_compress.distillation.generate import generate_teacher_logits
@@ -38,8 +39,4 @@ __all__ = [
     "generate_teacher_logits",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_names(__name__, _HOME)

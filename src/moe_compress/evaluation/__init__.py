@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from moe_compress.lazy import lazy_names
 
 if TYPE_CHECKING:
     from moe_compress.evaluation.bench import bench
@@ -25,8 +26,4 @@ _HOME = {
 
 __all__ = ["TextScore", "bench", "evaluate_model", "evaluate_run", "run_tasks", "score_text", "watch"]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_names(__name__, _HOME)
