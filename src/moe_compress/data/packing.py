@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -14,12 +14,20 @@ _DOCUMENTS_PER_BATCH = 64
 
 
 def packed_rows(dataset: DatasetConfig, tokenizer: Any, seed: int) -> Iterator[list[int]]:
-    """Yield rows of exactly `dataset.max_length` token ids; the rest of the last row is dropped."""
-    length = dataset.max_length
+    """Yield the rows of a data set, `dataset.max_length` token ids each, in an order fixed by `seed`."""
+    return pack(load_documents(dataset, seed), tokenizer, dataset.max_length)
+
+
+def pack(documents: Iterable[str], tokenizer: Any, length: int) -> Iterator[list[int]]:
+    """Yield rows of exactly `length` token ids of documents joined by end-of-text; the rest of the last is dropped.
+
+    Raises:
+        UserError: the tokenizer has no end-of-sequence token.
+    """
     end = tokenizer.eos_token_id
     if end is None:
         raise UserError("the tokenizer has no end-of-sequence token to join documents with; set its eos_token")
-    documents = load_documents(dataset, seed)
+    documents = iter(documents)
     ids: list[int] = []
     while batch := list(islice(documents, _DOCUMENTS_PER_BATCH)):
         for encoding in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:

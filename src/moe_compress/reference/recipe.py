@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from moe_compress.data.packing import pack
 from moe_compress.reference.data import Split, stdlib_documents
 
 END_OF_TEXT = "<|endoftext|>"
@@ -84,13 +85,8 @@ def packed_ids(tokenizer: Any, split: Split, length: int, seed: int = 42) -> tor
     """All documents of a split, shuffled, joined by end-of-text and cut to rows: int64 `[rows, length]`."""
     documents = list(stdlib_documents(split))
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
-    eos = tokenizer.eos_token_id
-    ids: list[int] = []
-    for encoding in tokenizer([documents[i] for i in order])["input_ids"]:
-        ids.extend(encoding)
-        ids.append(eos)
-    rows = len(ids) // length
-    return torch.tensor(ids[: rows * length]).view(rows, length)
+    rows = list(pack((documents[i] for i in order), tokenizer, length))
+    return torch.tensor(rows, dtype=torch.int64).view(len(rows), length)
 
 
 class _Rows(torch.utils.data.Dataset):
