@@ -20,13 +20,26 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def file_in_progress(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; the file written there is synced and renamed to `path` when the block ends.
+
+    A block that raises leaves `path` as it was, and no temporary file.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file under a temporary name, sync it, and rename it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
-    os.replace(temporary, path)
+    with file_in_progress(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:

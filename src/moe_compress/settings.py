@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from moe_compress.checks import check_values
 from moe_compress.config import Config
-from moe_compress.errors import UserError
+from moe_compress.errors import UserError, first_line
 from moe_compress.files import write_atomically
 from moe_compress.schema import (
     FieldInfo,
@@ -168,8 +168,7 @@ def _parse_value(key: str, raw: str) -> Any:
         override = OverridesParser.create().parse_override(f"key={raw}")
         value = override.value()
     except HydraException as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{key}={raw} cannot be read ({reason}); expected {describe_type(info)}") from error
+        raise UserError(f"{key}={raw} cannot be read ({first_line(error)}); expected {describe_type(info)}") from error
     if override.is_sweep_override():
         raise UserError(f"{key}={raw} is several values; write a list as {key}=[a,b]")
     return value
@@ -276,8 +275,9 @@ def _assign(node: DictConfig, key: str, value: Any) -> None:
         else:
             OmegaConf.update(node, key, value, merge=not is_mapping(info.type))
     except (OmegaConfBaseException, IndexError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{key}={show(value)} is not possible: expected {describe_type(info)} ({reason})") from error
+        raise UserError(
+            f"{key}={show(value)} is not possible: expected {describe_type(info)} ({first_line(error)})"
+        ) from error
 
 
 def _check_index(node: DictConfig, key: str) -> None:

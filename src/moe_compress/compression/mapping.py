@@ -22,7 +22,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from moe_compress.compression.checkpoint import Checkpoint
-from moe_compress.errors import UserError
+from moe_compress.errors import UserError, first_line
 from moe_compress.modeling import ExpertsModule, find_experts
 
 
@@ -109,7 +109,7 @@ def meta_model(
             )
     except Exception as error:  # whatever the constructor of a model raises, remote code included
         raise UserError(
-            f"model type '{config.model_type}' cannot be built as a causal language model: {_first_line(error)}"
+            f"model type '{config.model_type}' cannot be built as a causal language model: {first_line(error)}"
         ) from error
     return model
 
@@ -236,7 +236,7 @@ def _check_experts(
             made = feed.convert(shape_of, model)
         except Exception as error:  # whatever an operation of Transformers says about shapes it cannot join
             raise UserError(
-                f"the tensors for {feed.targets[0]} in {checkpoint.path} do not fit together: {_first_line(error)}"
+                f"the tensors for {feed.targets[0]} in {checkpoint.path} do not fit together: {first_line(error)}"
             ) from error
         for target in feed.targets:
             if target not in made or made[target].shape != state[target].shape:
@@ -293,8 +293,3 @@ def _check_others(checkpoint: Checkpoint, model: PreTrainedModel, owners: dict[s
         if any(pattern.search(name) for pattern in ignored for name in names):
             continue
         raise UserError(f"{checkpoint.path} has no tensor for {names[0]}; the checkpoint is incomplete")
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -24,7 +24,7 @@ from moe_compress.compression.source import SourceModel, open_model
 from moe_compress.compression.workers import Team
 from moe_compress.compression.writer import CheckpointWriter, LayerRecord
 from moe_compress.config import Config
-from moe_compress.errors import UserError
+from moe_compress.errors import UserError, first_line
 from moe_compress.factorization import FitSpec
 from moe_compress.files import directory_in_progress, fingerprint, write_json
 from moe_compress.run import Run
@@ -189,8 +189,7 @@ def fit_device(config: Config, local_rank: int = 0) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"compression.device={name} cannot be used: {reason}") from error
+        raise UserError(f"compression.device={name} cannot be used: {first_line(error)}") from error
     return device
 
 

@@ -8,7 +8,6 @@ all tensors of a file in memory at once.
 from __future__ import annotations
 
 import json
-import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import TypeVar
 import torch
 
 from moe_compress.compression.checkpoint import COPY_BYTES, DTYPE_NAMES, DTYPES, Checkpoint
+from moe_compress.files import file_in_progress
 
 Item = TypeVar("Item")
 
@@ -73,20 +73,12 @@ def write_shard(path: Path, sources: Mapping[str, Source], metadata: Mapping[str
         offset += source.nbytes
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(struct.pack("<Q", len(raw)))
-            stream.write(raw)
-            for _, source in ordered:
-                for piece in source.chunks():
-                    stream.write(piece)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with file_in_progress(path) as temporary, temporary.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(raw)))
+        stream.write(raw)
+        for _, source in ordered:
+            for piece in source.chunks():
+                stream.write(piece)
 
 
 def split_by_size(sizes: Iterable[tuple[Item, int]], limit: int) -> list[list[Item]]:

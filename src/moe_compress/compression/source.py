@@ -12,7 +12,7 @@ from moe_compress.compression.checkpoint import Checkpoint
 from moe_compress.compression.fp8 import Fp8Checkpoint, is_fp8
 from moe_compress.compression.mapping import ModelMap, map_checkpoint, meta_model
 from moe_compress.config import ModelConfig
-from moe_compress.errors import UserError
+from moe_compress.errors import UserError, first_line
 from moe_compress.modeling import resolve_model_path
 from moe_compress.modeling.checkpoint import read_config
 
@@ -69,8 +69,9 @@ def open_model(settings: ModelConfig) -> SourceModel:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path / 'config.json'} is not a configuration that Transformers knows: {reason}") from error
+        raise UserError(
+            f"{path / 'config.json'} is not a configuration that Transformers knows: {first_line(error)}"
+        ) from error
     if quantization:  # what is read is not quantized any more, and the model is built for that
         del config.quantization_config
     model = meta_model(config, trust_remote_code=settings.trust_remote_code)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from moe_compress.config import DatasetConfig
-from moe_compress.errors import UserError
+from moe_compress.errors import UserError, first_line
 from moe_compress.reference.data import SPLITS, Split, stdlib_documents
 
 _BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -80,5 +80,6 @@ def _open(dataset: DatasetConfig) -> Any:
     except UserError:
         raise
     except Exception as error:  # `datasets` raises whatever its builders and the network raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"dataset {dataset.name} (split '{dataset.split}') could not be opened: {reason}") from error
+        raise UserError(
+            f"dataset {dataset.name} (split '{dataset.split}') could not be opened: {first_line(error)}"
+        ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 
 from moe_compress.distillation.encoders import Encoder, Field, token_dtype
 from moe_compress.distillation.manifest import CacheFile
-from moe_compress.files import sha256_of_file
+from moe_compress.files import file_in_progress, sha256_of_file
 
 Batch = dict[str, np.ndarray]
 
@@ -46,9 +45,8 @@ def write_file(
     Returns:
         The file's entry for the manifest.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     layout = {"input_ids": Field((), token_dtype(vocab_size)), **encoder.fields()}
-    try:
+    with file_in_progress(path) as temporary:
         with h5py.File(temporary, "w") as file:
             arrays = {
                 name: file.create_dataset(
@@ -69,11 +67,6 @@ def write_file(
                 done += count
             if done != rows:
                 raise RuntimeError(f"{path.name}: {done} sequences written where {rows} were due")
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
         digest = sha256_of_file(temporary)
         size = temporary.stat().st_size
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return CacheFile(name=path.name, start=start, rows=rows, bytes=size, sha256=digest)
