@@ -32,7 +32,7 @@ class ReferenceRecipe:
     num_experts_per_tok: int = 8
     sequence_length: int = 512
     batch_size: int = 8
-    max_steps: int = 3300
+    max_steps: int = 4000
     learning_rate: float = 2e-3
     warmup_steps: int = 200
     weight_decay: float = 0.1
