@@ -114,6 +114,7 @@ _RULES: dict[type, dict[str, _Rule]] = {
         "poll_seconds": _POSITIVE,
         "gpus_per_model": _at_least(1),
         "generate_tokens": _at_least(1),
+        "loop_samples": _at_least(0),
     },
 }
 

@@ -222,10 +222,20 @@ class EvaluationConfig:
     metric: str = setting("perplexity", "Metric that chooses RUN/best.")
     greater_is_better: bool = setting(False, "Whether a larger metric is better.")
     poll_seconds: float = setting(60.0, "Seconds between looks for new checkpoints.")
-    devices: list[str] = setting([], "Devices of the evaluator; empty takes the first free one, or the CPU.")
+    order: str = setting(
+        "arrival",
+        "Which waiting checkpoint the watcher takes first: arrival (the earliest) or newest.",
+        ("arrival", "newest"),
+    )
+    devices: list[str] = setting(
+        [], "Devices of the evaluator, for watch one worker process each; empty takes the freest GPU, or the CPU."
+    )
     gpus_per_model: int = setting(1, "GPUs that share one model.")
     baseline: bool = setting(False, "Also compress, distil and measure plain per-expert SVD at the same bytes.")
-    generate_tokens: int = setting(96, "Tokens of the text samples in the report.")
+    loop_samples: int = setting(
+        16, "Held-out beginnings continued at a low temperature to count texts that end in a loop; 0 leaves it out."
+    )
+    generate_tokens: int = setting(96, "Tokens of the texts that models write: samples in the report, loop check.")
     prompt: str = setting("def ", "Prompt of the text samples in the report.")
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _TOP = ("experiment_name", "gpu_ids", "seed", "run", "output", "model")
+_EVALUATION = ("evaluation", "wandb_project", "distillation.training.report_to")
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,14 @@ STAGES: dict[str, Stage] = {
             "evaluate",
             "measure teacher and student: perplexity, agreement, lm_eval tasks, speed",
             "moe_compress.evaluation:evaluate_run",
-            (*_TOP, "evaluation"),
+            (*_TOP, *_EVALUATION),
             needs=("compress",),
         ),
         Stage(
             "watch",
             "evaluate checkpoints as the distillation writes them",
             "moe_compress.evaluation:watch",
-            (*_TOP, "evaluation"),
+            (*_TOP, *_EVALUATION),
         ),
         Stage(
             "report",
@@ -111,6 +112,7 @@ FREE = (
     "distillation.teacher.generation.batch_size",
     "evaluation.devices",
     "evaluation.gpus_per_model",
+    "evaluation.order",
     "evaluation.poll_seconds",
 )
 
