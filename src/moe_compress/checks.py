@@ -76,6 +76,8 @@ _RULES: dict[type, dict[str, _Rule]] = {
     },
     schema.GenerationConfig: {
         "top_k": _at_least(1),
+        "samples": _between(1, 65535),
+        "sample_temperature": _POSITIVE,
         "batch_size": _at_least(1),
         "worker_id": _at_least(0),
         "total_workers": _at_least(1),
@@ -136,6 +138,23 @@ def check_values(config: Config) -> None:
             f"distillation.teacher.generation.worker_id={generation.worker_id} must be below "
             f"total_workers={generation.total_workers} (workers count from 0)"
         )
+    _check_sampled(config.distillation)
+
+
+def _check_sampled(distillation: schema.DistillationConfig) -> None:
+    """Draws from one distribution say nothing exact of the others: the loss must ask for what was drawn."""
+    generation = distillation.teacher.generation
+    if generation.encoder != "sample" or not distillation.teacher.use_cached_logits:
+        return
+    common = distillation.loss.temperature
+    stages = [common if stage.temperature is None else stage.temperature for stage in distillation.stages]
+    for temperature in stages or [common]:
+        if temperature not in (1, generation.sample_temperature):
+            raise UserError(
+                f"distillation.loss.temperature (or a stage's) is {temperature:g}, but a cache of "
+                "distillation.teacher.generation.encoder=sample serves 1 and sample_temperature="
+                f"{generation.sample_temperature:g} alone; set one of these, or encoder=topk"
+            )
 
 
 def _check_group(prefix: str, group: Any) -> None:

@@ -39,6 +39,18 @@ class DatasetConfig:
     max_samples: int | None = setting(None, "Packed sequences to use at most; null takes all.")
     max_length: int = setting(2048, "Tokens per packed sequence.")
     text_column: str = setting("text", "Column that holds the text.")
+    messages_column: str | None = setting(
+        None,
+        "Column of conversations (lists of role and content), rendered by the tokenizer's chat template; null reads "
+        "text_column.",
+    )
+    mask_prompts: bool = setting(True, "Of conversations, train on the assistant's turns alone.")
+    packing: str = setting(
+        "pack",
+        "Documents to rows: pack (end to end; attention runs across them), isolate (end to end; attention and "
+        "positions start anew at each), truncate (one a row, cut at max_length; no padding is kept).",
+        ("pack", "isolate", "truncate"),
+    )
     shuffle_buffer: int = setting(10000, "Documents held for shuffling a stream.")
 
 
@@ -97,7 +109,16 @@ class CompressionConfig:
 class GenerationConfig:
     """How the teacher's logits are written."""
 
-    top_k: int = setting(64, "Logits kept per token.")
+    encoder: str = setting(
+        "topk",
+        "What is kept of each distribution: topk (the largest logits) or sample (random draws: unbiased, smaller).",
+        ("topk", "sample"),
+    )
+    top_k: int = setting(64, "Logits kept per token, with encoder=topk.")
+    samples: int = setting(50, "Draws per token, with encoder=sample.")
+    sample_temperature: float = setting(
+        1.0, "Temperature of the distribution that is drawn from; the loss must have this temperature, or 1."
+    )
     batch_size: int = setting(32, "Sequences per teacher forward pass.")
     force_regenerate: bool = setting(False, "Make the cache again although it is complete.")
     worker_id: int = setting(0, "Which part of the data this process writes.")
@@ -113,6 +134,16 @@ class TeacherConfig:
     model_path: str | None = setting(None, "Teacher checkpoint; null takes model.name.")
     use_cached_logits: bool = setting(True, "Read the teacher's logits from the cache; false runs the teacher live.")
     cache_dir: str | None = setting(None, "Cache directory, may be shared by runs; null takes RUN/teacher_logits.")
+    device_map: str | None = setting(
+        None,
+        "How accelerate spreads a teacher that writes logits over GPUs, main memory and disk; null puts it on one "
+        "device.",
+        ("auto", "balanced", "balanced_low_0", "sequential"),
+    )
+    max_memory: dict[str, str] = setting(
+        {}, "Memory per device for device_map, such as {0: 70GiB, cpu: 200GiB}; empty takes what is free."
+    )
+    offload_folder: str | None = setting(None, "Directory for the layers that device_map puts on disk.")
     generation: GenerationConfig = setting(GenerationConfig, "How the cache is made.")
 
 

@@ -53,7 +53,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "teacher-logits",
-            "write the teacher's top-k logits to HDF5 files",
+            "write the teacher's logits to HDF5 files",
             "moe_compress.distillation:generate_teacher_logits",
             (*_TOP, "distillation.teacher", "distillation.dataset"),
             starts_run=True,
@@ -110,6 +110,9 @@ FREE = (
     "output",
     "compression.device",
     "distillation.teacher.generation.batch_size",
+    "distillation.teacher.device_map",
+    "distillation.teacher.max_memory",
+    "distillation.teacher.offload_folder",
     "evaluation.devices",
     "evaluation.gpus_per_model",
     "evaluation.order",

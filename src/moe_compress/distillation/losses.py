@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from moe_compress.distillation.targets import DenseTargets, SparseTargets, TeacherTargets
+from moe_compress.distillation.targets import DenseTargets, SampledTargets, SparseTargets, TeacherTargets
 
 IGNORED = -100
 
@@ -54,7 +54,8 @@ def kl_divergence(logits: Tensor, targets: TeacherTargets, temperature: float, t
 
     From sparse targets the classes are the k tokens and, with `tail="keep"`, one more that stands for all others (a
     lower bound of the full KL, equal to it when k is the vocabulary); with `tail="ignore"` both sides are renormalized
-    over the k tokens.
+    over the k tokens. From random draws it is an unbiased estimate: the cross-entropy of the draws less the teacher's
+    entropy (of one token it may be negative).
 
     Args:
         logits: the student's, fp32 `[n, vocabulary]`.
@@ -66,6 +67,9 @@ def kl_divergence(logits: Tensor, targets: TeacherTargets, temperature: float, t
     if isinstance(targets, DenseTargets):
         log_p = (targets.logits.float() / temperature).log_softmax(-1)
         return (log_p.exp() * (log_p - student.log_softmax(-1))).sum(-1)
+    if isinstance(targets, SampledTargets):
+        weights, entropy = targets.at(temperature)
+        return -(weights * student.log_softmax(-1).gather(-1, targets.indices)).sum(-1) - entropy
     head_p = targets.log_probs / temperature
     head_q = student.gather(-1, targets.indices)
     tail_p = tail_log_mass(targets, temperature, logits.shape[-1]) if tail == "keep" else None
@@ -133,7 +137,7 @@ def distillation_loss(
         ce = cross_entropy(chunk, shifted.index_select(0, index), reduction="sum")
         if flat is None:
             return ce_weight * ce, ce, torch.zeros_like(ce)
-        kl = kl_divergence(chunk, flat.rows(index), temperature, tail).sum()
+        kl = kl_divergence(chunk[:, : flat.vocab_size], flat.rows(index), temperature, tail).sum()
         return ce_weight * ce + kl_weight * kl, ce, kl
 
     loss, ce, kl = _Chunked.apply(logits.flatten(0, 1), rows, losses)

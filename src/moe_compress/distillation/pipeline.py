@@ -10,6 +10,7 @@ import json
 import os
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -135,7 +136,7 @@ def _train_stage(run: Run, stage: Stage, order: TrainingOrder, teacher: TeacherS
         model=model,
         args=arguments,
         train_dataset=order,
-        data_collator=collate,
+        data_collator=partial(collate, isolate=config.distillation.dataset.packing == "isolate"),
     )
     inside = latest > stage.first_step
     trainer.train(resume_from_checkpoint=str(checkpoint / TRAINING_STATE) if inside else None)

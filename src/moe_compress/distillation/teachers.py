@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,8 +21,9 @@ from moe_compress.modeling import load_model, resolve_model_path
 class TeacherSource(Protocol):
     """Targets for the tokens of a batch."""
 
-    def __call__(self, input_ids: Tensor, record: dict[str, Tensor] | None) -> TeacherTargets:
-        """Targets `[batch, length, ...]` for `input_ids` `[batch, length]`; `record` is what the data set holds."""
+    def __call__(self, inputs: Mapping[str, Tensor], record: Mapping[str, Tensor] | None) -> TeacherTargets:
+        """Targets `[batch, length, ...]` for what a model is called with, `input_ids` and perhaps `position_ids`
+        `[batch, length]`; `record` is what the data set holds beside it."""
 
 
 class CachedTeacher:
@@ -30,7 +32,7 @@ class CachedTeacher:
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
 
-    def __call__(self, input_ids: Tensor, record: dict[str, Tensor] | None) -> TeacherTargets:
+    def __call__(self, inputs: Mapping[str, Tensor], record: Mapping[str, Tensor] | None) -> TeacherTargets:
         if record is None:
             raise ValueError("a cached teacher needs the batch's record")
         return self.encoder.decode(record)
@@ -43,8 +45,8 @@ class LiveTeacher:
         self.model = model.eval().requires_grad_(False)
 
     @torch.no_grad()
-    def __call__(self, input_ids: Tensor, record: dict[str, Tensor] | None) -> TeacherTargets:
-        return DenseTargets(self.model(input_ids=input_ids, use_cache=False).logits)
+    def __call__(self, inputs: Mapping[str, Tensor], record: Mapping[str, Tensor] | None) -> TeacherTargets:
+        return DenseTargets(self.model(**inputs, use_cache=False).logits)
 
 
 def teacher_path(config: Config) -> Path:

@@ -127,7 +127,7 @@ class DistillationTrainer(Trainer):
         record = inputs.pop("teacher", None)
         if num_items_in_batch is not None and int(num_items_in_batch) == 0:
             self._stop("all labels of a batch are masked (-100)")
-        targets = self.teacher(inputs["input_ids"], record) if self.teacher is not None else None
+        targets = self.teacher(inputs, record) if self.teacher is not None else None
         outputs = model(**inputs, use_cache=False)
         parts = distillation_loss(
             outputs.logits,
