@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_compress.factorization import DeltaFactors, WrapperFactors
+from moe_compress.factorization.factors import merge_groups, split_groups
 
 sizes = st.integers(1, 7)
 
@@ -40,7 +41,7 @@ def test_fold_and_materialize_are_the_wrapper(experts, rows, columns, side_rank,
 
 def test_gradients_pass_through_the_fold():
     wrapper = wrapper_of(2, 3, 4, 2, seed=0)
-    tensors = [t.requires_grad_() for t in vars(wrapper).values()]
+    tensors = [t.requires_grad_() for t in vars(wrapper).values() if t is not None]
     assert torch.autograd.gradcheck(lambda *t: WrapperFactors(*t).fold().materialize(), tensors)
 
 
@@ -63,3 +64,22 @@ def test_factors_are_immutable(random_delta):
     with pytest.raises(AttributeError):
         delta.core = None
     assert isinstance(delta, DeltaFactors)
+
+
+@pytest.mark.parametrize("kind", ["delta", "wrapper"])
+def test_each_group_has_its_core(random_delta, kind):
+    groups = torch.tensor([1, 0, 2, 1, 0, 1])
+    parts = [
+        random_delta(int((groups == g).sum()), 5, 4, 2, seed=g)
+        if kind == "delta"
+        else wrapper_of(int((groups == g).sum()), 5, 4, 1, seed=g)
+        for g in range(3)
+    ]
+    merged = merge_groups(parts, groups)
+    assert merged.cores == 3 and merged.core.shape == (15, 4) and merged.delta_rank == 2
+    for group, part in enumerate(parts):
+        torch.testing.assert_close(merged.materialize()[groups == group], part.materialize())
+        torch.testing.assert_close(merged.fold().materialize()[groups == group], part.materialize())
+    torch.testing.assert_close(merged.materialize(slice(2, 5)), merged.materialize()[2:5])
+    for part, back in zip(parts, split_groups(merged), strict=True):
+        torch.testing.assert_close(back.materialize(), part.materialize())

@@ -43,6 +43,15 @@ def test_fsdp2_trains_like_one_process_and_saves(
     all_saved: dict[tuple[str, str], Path], variant: str, ids: Tensor, tmp_path: Path
 ) -> None:
     path = all_saved["gpt_oss", "delta"] if variant == "delta" else all_saved["olmoe", variant]
+    check_fsdp2(path, ids, tmp_path)
+
+
+def test_fsdp2_with_two_cores(tiny_model: Any, compressed: Any, ids: Tensor, tmp_path: Path) -> None:
+    compressed(tiny_model("olmoe"), "grouped").save_pretrained(tmp_path / "student")
+    check_fsdp2(tmp_path / "student", ids, tmp_path / "trained")
+
+
+def check_fsdp2(path: Path, ids: Tensor, tmp_path: Path) -> None:
     plain, sharded = (AutoModelForCausalLM.from_pretrained(path).requires_grad_(True) for _ in range(2))
     mesh = init_device_mesh("cpu", (1,))
     for layer in sharded.model.layers:

@@ -91,11 +91,11 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "config without the core": (_layout("cores", 0), "ignore_mismatched_sizes"),
     "config of the wrapper": (_set(parameterization="wrapper"), "_u_"),
     "unknown parameterization": (_set(parameterization="other"), "'other' is not delta or wrapper"),
-    "newer format": (_set(format_version=2), "format version 2"),
+    "newer format": (_set(format_version=3), "format version 3"),
     "newer field": (_set(codebook=3), "unknown fields \\['codebook'\\]"),
     "no layers": (_set(layers={}), "names no layers"),
     "rank of nothing": (_layout("delta_rank", 0), "positive whole number"),
-    "two cores": (_layout("cores", 2), "2 cores"),
+    "two cores": (_layout("cores", 2), "format version 1 knows 0 and 1"),
 }
 
 

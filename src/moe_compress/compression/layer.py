@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -142,13 +142,12 @@ def _permute_gram(gram: Tensor, order: Tensor) -> Tensor:
 
 
 def _stored(module: str, projection: str, factors: Factors, dtype: torch.dtype) -> Factors:
-    tensors = {
-        name: value.to("cpu", dtype) if isinstance(value, Tensor) else None for name, value in vars(factors).items()
-    }
-    for tensor in tensors.values():
-        if tensor is not None and not tensor.isfinite().all():
+    tensors = {name: value for name, value in vars(factors).items() if value is not None}
+    for name, tensor in tensors.items():
+        tensors[name] = tensor = tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
+        if not tensor.isfinite().all():
             raise UserError(
                 f"the factors of {module}.{projection} overflow or hold NaN in {str(dtype).removeprefix('torch.')}; "
                 "try compression.dtype=bfloat16, compression.method=closed_form or a lower compression.lr"
             )
-    return type(factors)(**tensors)  # type: ignore[arg-type]
+    return replace(factors, **tensors)

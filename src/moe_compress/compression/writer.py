@@ -22,6 +22,7 @@ from moe_compress.compression.source import SourceModel
 from moe_compress.errors import UserError
 from moe_compress.files import fingerprint, write_json
 from moe_compress.modeling import SharedCoreConfig
+from moe_compress.modeling.tensors import Layout
 
 SHARD_BYTES = 5_000_000_000  # of copied tensors
 _METADATA = "moe_compress"
@@ -122,7 +123,7 @@ class CheckpointWriter:
         return size
 
     def _config(self, plan: Plan) -> dict[str, Any]:
-        layers = {
+        layers: dict[str, dict[str, Layout]] = {
             layer.name: {p.name: {"delta_rank": p.delta_rank, "cores": p.cores} for p in layer.projections}
             for layer in plan.layers
         }

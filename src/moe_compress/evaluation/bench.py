@@ -31,8 +31,9 @@ from moe_compress.modeling import (
     load_model,
     resolve_model_path,
 )
+from moe_compress.modeling.tensors import Layout
 
-Layout = dict[str, dict[str, int]]
+LayerLayout = dict[str, Layout]
 
 
 def bench(config: Config) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def bench(config: Config) -> dict[str, Any]:
 
 def bench_layers(
     model_config: Any,
-    layouts: Mapping[str, Layout] | None,
+    layouts: Mapping[str, LayerLayout] | None,
     config: Config,
     dtype: torch.dtype,
     device: torch.device,
@@ -93,7 +94,8 @@ def bench_layers(
     planned = layouts or plan_layouts(experts, config, dtype)
     kinds: dict[str, list[ExpertsModule]] = {}
     for facts in experts:
-        kind = repr((facts.projections, planned[facts.name], experts_per_token(model, facts.name)))
+        ranks = {name: (own["delta_rank"], own["cores"]) for name, own in planned[facts.name].items()}
+        kind = repr((facts.projections, ranks, experts_per_token(model, facts.name)))
         kinds.setdefault(kind, []).append(facts)
     results = []
     for same in kinds.values():
@@ -122,7 +124,7 @@ def bench_layers(
     return results
 
 
-def plan_layouts(experts: list[ExpertsModule], config: Config, dtype: torch.dtype) -> dict[str, Layout]:
+def plan_layouts(experts: list[ExpertsModule], config: Config, dtype: torch.dtype) -> dict[str, LayerLayout]:
     """The ranks that the settings give, by module name and projection."""
     settings = config.compression
     shapes = {(facts.name, name): shape for facts in experts for name, shape in facts.projections.items()}
@@ -140,10 +142,12 @@ def plan_layouts(experts: list[ExpertsModule], config: Config, dtype: torch.dtyp
             rank_multiple=settings.rank_multiple,
             parameterization=settings.parameterization,
         )
-    layouts: dict[str, Layout] = {}
-    for module, projection in shapes:
-        rank = ranks[f"{module}.{projection}"]
-        layouts.setdefault(module, {})[projection] = {"delta_rank": rank, "cores": settings.cores}
+    layouts: dict[str, LayerLayout] = {}
+    for (module, projection), shape in shapes.items():
+        layout: Layout = {"delta_rank": ranks[f"{module}.{projection}"], "cores": settings.cores}
+        if settings.cores > 1:
+            layout["groups"] = [expert % settings.cores for expert in range(shape[0])]
+        layouts.setdefault(module, {})[projection] = layout
     return layouts
 
 
@@ -258,15 +262,16 @@ def _teacher_of(checkpoint: Path) -> str | None:
     return config.distillation.teacher.model_path or config.model.name
 
 
-def _random_factors(shape: tuple[int, int, int], layout: Mapping[str, int]) -> DeltaFactors:
+def _random_factors(shape: tuple[int, int, int], layout: Layout) -> DeltaFactors:
     experts, rows, columns = shape
     rank = layout["delta_rank"]
 
     def random(*size: int) -> Tensor:
         return 0.02 * torch.randn(size)
 
-    core = random(rows, columns) if layout["cores"] else None
-    return DeltaFactors(core, random(experts, rows, rank), random(experts, rank, columns))
+    core = random(layout["cores"] * rows, columns) if layout["cores"] else None
+    groups = torch.tensor(layout["groups"]) if layout["cores"] > 1 else None
+    return DeltaFactors(core, random(experts, rows, rank), random(experts, rank, columns), groups)
 
 
 def _meta_model(model_config: Any) -> Any:

@@ -18,6 +18,7 @@ from moe_compress.evaluation.routing import expert_modules
 from moe_compress.evaluation.timing import Timing, time_interleaved
 from moe_compress.modeling.experts import SharedCoreExperts
 from moe_compress.modeling.find import describe_experts
+from moe_compress.modeling.tensors import Layout
 
 CORE, SVD = "shared core", "per-expert SVD"
 TOKENS = (1, 16, 512)
@@ -182,12 +183,12 @@ def model_speed(
     return {"prefill_tokens": prefill_tokens, "decode_tokens": decode_tokens, "rows": list(rows.values())}
 
 
-def same_bytes_layout(core: SharedCoreExperts) -> dict[str, dict[str, int]]:
+def same_bytes_layout(core: SharedCoreExperts) -> dict[str, Layout]:
     """The layout of per-expert SVD factors (no core) with at most the bytes that a shared core layer has.
 
     Ranks above 8 are rounded down to a multiple of 8, as the grouped GEMMs want them.
     """
-    layout = {}
+    layout: dict[str, Layout] = {}
     for projection, own in core.layout.items():
         experts, rows, inner = getattr(core, f"{projection}_delta_out").shape
         columns = getattr(core, f"{projection}_delta_in").shape[2]
@@ -218,7 +219,7 @@ def _aligned(rank: int) -> int:
     return rank - rank % 8 if rank > 8 else rank
 
 
-def random_layer(original: nn.Module, layout: dict[str, dict[str, int]], seed: int = 0) -> SharedCoreExperts:
+def random_layer(original: nn.Module, layout: Mapping[str, Layout], seed: int = 0) -> SharedCoreExperts:
     """A compressed layer of the given layout with random values: speed does not depend on them."""
     layer = SharedCoreExperts(original, layout)
     generator = torch.Generator().manual_seed(seed)

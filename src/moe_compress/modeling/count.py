@@ -18,7 +18,8 @@ class ParameterCount:
         total: all parameters; tied ones (embedding and output head) count once.
         expert: those of the experts modules: cores, factors and biases, or the original weights.
         active: what one token uses: everything outside the experts, embedding and output head included in full, as
-            model cards count it ("30B-A3B"), and in each MoE layer k experts, or the core once and k experts' factors.
+            model cards count it ("30B-A3B"), and in each MoE layer k experts, or their factors and the cores that
+            they use, at most k.
         total_bytes, expert_bytes, active_bytes: the same in bytes, of the dtypes in memory.
     """
 
@@ -50,9 +51,10 @@ def count_parameters(model: nn.Module) -> ParameterCount:
             size = parameter.numel()
             expert += size
             expert_bytes += size * parameter.element_size()
+            units = parameter.shape[0]
             if compressed and leaf in module.projections:
-                continue  # a core: every token uses it
-            per_expert = size // parameter.shape[0]
-            idle += size - top_k * per_expert
-            idle_bytes += (size - top_k * per_expert) * parameter.element_size()
+                units = module.factors(leaf).cores  # type: ignore[operator,union-attr]
+            unused = size - size // units * min(top_k, units) if units else 0
+            idle += unused
+            idle_bytes += unused * parameter.element_size()
     return ParameterCount(total, expert, total - idle, total_bytes, expert_bytes, total_bytes - idle_bytes)

@@ -5,10 +5,13 @@ For token n routed to experts e with weights g_e, and W_e = C + A_e B_e on both 
     z_e = C x + A_e (B_e x)                                  C x once per token, not once per expert
     h_e = gate(z_e)
     y   = C' (sum_e g_e h_e) + sum_e A'_e (B'_e (g_e h_e))   C' once per token, after the weighted sum
+
+With several cores, each belongs to a group of experts: the same once per token and core (see `cores`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -18,9 +21,11 @@ from torch import Tensor, nn
 
 from moe_compress.errors import UserError
 from moe_compress.factorization.factors import Factors, WrapperFactors
+from moe_compress.modeling.cores import collect_products, spread_products
 from moe_compress.modeling.find import describe_experts, up_projection
 from moe_compress.modeling.routing import choose_routing
 from moe_compress.modeling.tensors import (
+    Layout,
     Parameterization,
     cast_factors,
     factor_shapes,
@@ -43,7 +48,7 @@ class SharedCoreExperts(nn.Module):
     class's own `_apply_gate`, so that one class serves every architecture.
 
     Parameters, for each projection P (`gate_up_proj` or `up_proj`, and `down_proj`), always as [out, in]:
-        P: the core [out, in], or the empty [0, in].
+        P: the core [out, in], or G cores one below the other, or the empty [0, in].
         P_delta_out [E, out, R] and P_delta_in [E, R, in], or for the wrapper
         P_u_out, P_v_out [E, out, r] and P_u_in, P_v_in [E, in, r].
         P_bias: [E, out], where the original has biases.
@@ -54,16 +59,17 @@ class SharedCoreExperts(nn.Module):
     config: Any
 
     def __init__(
-        self, original: nn.Module, layout: dict[str, dict[str, int]], parameterization: Parameterization = "delta"
+        self, original: nn.Module, layout: Mapping[str, Layout], parameterization: Parameterization = "delta"
     ) -> None:
         """Uninitialized parameters, on the device and of the dtype of the original's.
 
         Args:
             original: the experts module to stand in for; it is not changed.
-            layout: `delta_rank` and `cores` of each projection, as in `SharedCoreConfig.layers`.
+            layout: what each projection becomes, as in `SharedCoreConfig.layers`.
 
         Raises:
-            UserError: the layout names other projections than the module has, or the module cannot be compressed.
+            UserError: the layout names other projections or another number of experts than the module has, or the
+                module cannot be compressed.
         """
         super().__init__()
         facts = describe_experts(type(original).__name__, original)
@@ -75,6 +81,13 @@ class SharedCoreExperts(nn.Module):
         self.parameterization: Parameterization = parameterization
         self.num_experts: int = facts.num_experts
         copy_attributes(original, self)
+        self.core_groups: dict[str, list[int]] = {
+            projection: own["groups"] for projection, own in layout.items() if own["cores"] > 1
+        }
+        self._group_indices: dict[tuple[str, torch.device], Tensor] = {}
+        for projection, groups in self.core_groups.items():
+            if len(groups) != self.num_experts:
+                raise UserError(f"{projection}: {len(groups)} experts are given a core, there are {self.num_experts}")
         for projection, shape in facts.projections.items():
             weight = getattr(original, projection)
             for name, size in factor_shapes(projection, shape, layout[projection], parameterization).items():
@@ -90,14 +103,31 @@ class SharedCoreExperts(nn.Module):
         return up_projection(self), "down_proj"
 
     @property
-    def layout(self) -> dict[str, dict[str, int]]:
+    def layout(self) -> dict[str, Layout]:
         """The module's entry in `SharedCoreConfig.layers`."""
-        return {projection: layout_of(self.factors(projection)) for projection in self.projections}
+        found: dict[str, Layout] = {}
+        for projection in self.projections:
+            factors = self.factors(projection)
+            found[projection] = {"delta_rank": factors.delta_rank, "cores": factors.cores}
+            if projection in self.core_groups:
+                found[projection]["groups"] = self.core_groups[projection]
+        return found
 
     def factors(self, projection: str) -> Factors:
         """The factors of one projection, which share the parameters' storage and gradients."""
         names = [name for name in self._parameters if name.startswith(projection)]
-        return factors_from_tensors(projection, {name: getattr(self, name) for name in names})
+        tensors = {name: getattr(self, name) for name in names}
+        return factors_from_tensors(projection, tensors, self._group_index(projection, tensors[projection].device))
+
+    def _group_index(self, projection: str, device: torch.device) -> Tensor | None:
+        """The core of each expert [E], on the device of the cores; None with less than two."""
+        if projection not in self.core_groups:
+            return None
+        # No buffer: Transformers fills buffers that are in no checkpoint with whatever lies in memory.
+        key = projection, device
+        if key not in self._group_indices:
+            self._group_indices[key] = torch.tensor(self.core_groups[projection], device=device)
+        return self._group_indices[key]
 
     def bias(self, projection: str) -> Tensor | None:
         """The bias [E, out] of one projection, if the architecture has biases."""
@@ -108,8 +138,10 @@ class SharedCoreExperts(nn.Module):
         """Copy factors (and a bias [E, out]) into the parameters, cast to their dtype.
 
         Raises:
-            UserError: another parameterization or other shapes than the module was made for.
+            UserError: another parameterization, other shapes or other groups than the module was made for.
         """
+        if layout_of(factors).get("groups") != self.core_groups.get(projection):
+            raise UserError(f"{projection}: the factors' experts are grouped in another way than the module's")
         tensors = factor_tensors(projection, factors)
         if bias is not None:
             tensors[f"{projection}_bias"] = bias
@@ -166,7 +198,7 @@ class SharedCoreExperts(nn.Module):
         tokens = hidden_states.to(dtype).masked_fill(routing.padded.all(dim=1, keepdim=True), 0.0)
         inner = routing.low_rank(routing.spread(tokens), up.delta_in, up.delta_out)
         if up.core is not None:
-            inner = inner + routing.spread(F.linear(tokens, up.core))
+            inner = inner + spread_products(tokens, up, routing)
         bias = self.bias(up_name)
         if bias is not None:
             inner = inner + bias.to(dtype).index_select(0, routing.experts)
@@ -174,7 +206,7 @@ class SharedCoreExperts(nn.Module):
 
         out = routing.collect(routing.low_rank(weighted, down.delta_in, down.delta_out))
         if down.core is not None:
-            out = out + F.linear(routing.collect(weighted), down.core)
+            out = out + collect_products(weighted, down, routing)
         bias = self.bias(down_name)
         if bias is not None:
             out = out + F.linear(routing.dense_weights().to(dtype), bias.to(dtype).mT)
@@ -188,7 +220,7 @@ class SharedCoreExperts(nn.Module):
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
         layout = ", ".join(
-            f"{name}: rank {value['delta_rank']}, {value['cores']} core" for name, value in self.layout.items()
+            f"{name}: rank {value['delta_rank']}, {value['cores']} core(s)" for name, value in self.layout.items()
         )
         return f"{self.original_class.__name__}, {self.num_experts} experts, {self.parameterization}, {layout}"
 

@@ -104,7 +104,7 @@ def _materialized(module: SharedCoreExperts) -> nn.Module:
     dense = module.original_class.__new__(module.original_class)
     nn.Module.__init__(dense)
     copy_attributes(module, dense)
-    for own in ("original_class", "parameterization"):
+    for own in ("original_class", "parameterization", "core_groups", "_group_indices"):
         delattr(dense, own)
     for projection in module.projections:
         weight = to_native(module.materialize(projection), module.is_transposed).contiguous()

@@ -14,6 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from moe_compress.errors import UserError
 from moe_compress.modeling.config import QUANT_METHOD, SharedCoreConfig
+from moe_compress.modeling.tensors import Layout
 
 register_quantization_config(QUANT_METHOD)(SharedCoreConfig)
 
@@ -104,9 +105,7 @@ def _was_read(parameter: Any) -> bool:
     return parameter.device.type == "meta" or getattr(parameter, "_is_hf_initialized", False)
 
 
-def layers_by_module_name(
-    config: SharedCoreConfig, names: list[str], prefix: str
-) -> dict[str, dict[str, dict[str, int]]]:
+def layers_by_module_name(config: SharedCoreConfig, names: list[str], prefix: str) -> dict[str, dict[str, Layout]]:
     """The config's layers under the names they have in the model being loaded.
 
     `AutoModel` loads what `AutoModelForCausalLM` saved, and the other way round; then one side lacks the base model's

@@ -98,8 +98,7 @@ class GroupedRouting(Routing):
 
     def low_rank(self, rows: Tensor, delta_in: Tensor, delta_out: Tensor) -> Tensor:
         out_features = delta_out.shape[1]
-        # The kernel wants rows of whole 16 bytes, in every operand of forward and backward.
-        multiple = 16 // rows.element_size()
+        multiple = _multiple(rows)
         rows = _pad(rows, multiple, dims=(False, True))
         delta_in = _pad(delta_in, multiple, dims=(True, True))
         delta_out = _pad(delta_out, multiple, dims=(True, True))
@@ -129,6 +128,13 @@ def grouped_mm(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     if _kernel_can(rows):
         return _ContiguousGradient.apply(F.grouped_mm(rows, weight.mT, offs=offsets))
     return torch.ops.transformers.grouped_mm_fallback(rows, weight.mT, offsets)
+
+
+def grouped_rows(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """`grouped_mm` of any number of features: rows [S, in], weight [G, out, in] to [S, out]."""
+    multiple = _multiple(rows)
+    padded = _pad(weight, multiple, dims=(True, True))
+    return grouped_mm(_pad(rows, multiple, dims=(False, True)), padded, offsets)[:, : weight.shape[1]]
 
 
 class _ContiguousGradient(torch.autograd.Function):
@@ -181,6 +187,11 @@ def _kernel_can(rows: Tensor) -> bool:
     if torch.compiler.is_compiling() and rows.dtype != torch.bfloat16:
         return False
     return rows.device.type != "cuda" or torch.cuda.get_device_capability(rows.device) >= (8, 0)
+
+
+def _multiple(rows: Tensor) -> int:
+    """The kernel wants rows of whole 16 bytes, in every operand of forward and backward."""
+    return 16 // rows.element_size()
 
 
 def _pad(tensor: Tensor, multiple: int, dims: tuple[bool, bool]) -> Tensor:

@@ -2,14 +2,15 @@
 
 The core keeps the projection's original name, but its own two dimensions: a loader without our plug-in then meets a
 size mismatch and raises, where it would otherwise have made up random experts. Without a core, the empty `[0, in]`
-stands there for the same reason.
+stands there for the same reason; several cores stand there one below the other, and which expert has which is no
+tensor, but written in config.json.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -18,6 +19,16 @@ from moe_compress.errors import UserError
 from moe_compress.factorization.factors import DeltaFactors, Factors, WrapperFactors
 
 Parameterization = Literal["delta", "wrapper"]
+
+
+class Layout(TypedDict):
+    """What a projection is stored as, beside the parameterization: an entry of `SharedCoreConfig.layers`."""
+
+    delta_rank: int  # inner size R of the folded delta, twice the rank of a wrapper's side
+    cores: int  # G; 0 for plain low rank
+    groups: NotRequired[list[int]]  # the core of each expert; only with more than one
+
+
 _DELTA: tuple[str, ...] = ("delta_out", "delta_in")
 _WRAPPER: tuple[str, ...] = ("u_out", "v_out", "u_in", "v_in")
 
@@ -26,7 +37,7 @@ def factor_tensors(projection: str, factors: Factors) -> dict[str, Tensor]:
     """The tensors to store for one projection, by their names within the experts module, contiguous.
 
     Returns:
-        `<projection>` (the core [out, in], or the empty [0, in]) and `<projection>_<factor>` for
+        `<projection>` (the cores [G * out, in], or the empty [0, in]) and `<projection>_<factor>` for
         delta_out [E, out, R], delta_in [E, R, in] or u_out, v_out [E, out, r], u_in, v_in [E, in, r].
     """
     if isinstance(factors, WrapperFactors):
@@ -38,18 +49,23 @@ def factor_tensors(projection: str, factors: Factors) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def factors_from_tensors(projection: str, tensors: Mapping[str, Tensor]) -> Factors:
-    """The inverse of `factor_tensors`; `tensors` may hold more."""
+def factors_from_tensors(projection: str, tensors: Mapping[str, Tensor], groups: Tensor | None = None) -> Factors:
+    """The inverse of `factor_tensors`; `tensors` may hold more.
+
+    Args:
+        groups: [E], the core of each expert, where there are several.
+    """
     core = tensors[projection]
     if f"{projection}_u_out" in tensors:
-        return WrapperFactors(core, *(tensors[f"{projection}_{name}"] for name in _WRAPPER))
+        u_out, v_out, u_in, v_in = (tensors[f"{projection}_{name}"] for name in _WRAPPER)
+        return WrapperFactors(core, u_out, v_out, u_in, v_in, groups)
     delta_out, delta_in = (tensors[f"{projection}_{name}"] for name in _DELTA)
-    return DeltaFactors(core if core.shape[0] else None, delta_out, delta_in)
+    return DeltaFactors(core if core.shape[0] else None, delta_out, delta_in, groups)
 
 
 def cast_factors(factors: Factors, dtype: torch.dtype) -> Any:
     """The same factors, of the same class, in another dtype."""
-    values = {field.name: getattr(factors, field.name) for field in fields(factors)}
+    values = {field.name: getattr(factors, field.name) for field in fields(factors) if field.name != "groups"}
     return replace(factors, **{name: value.to(dtype) for name, value in values.items() if value is not None})
 
 
@@ -64,17 +80,17 @@ def working_dtype(factors: Factors) -> torch.dtype:
 
 
 def factor_shapes(
-    projection: str, shape: tuple[int, int, int], layout: dict[str, int], parameterization: Parameterization
+    projection: str, shape: tuple[int, int, int], layout: Layout, parameterization: Parameterization
 ) -> dict[str, tuple[int, ...]]:
     """The shapes of what `factor_tensors` returns, by name.
 
     Args:
         shape: (E, out, in) of the projection.
-        layout: `delta_rank` R and `cores` (0 or 1), as in `SharedCoreConfig.layers`.
+        layout: what the projection becomes.
     """
     experts, out_features, in_features = shape
     rank = layout["delta_rank"]
-    shapes: dict[str, tuple[int, ...]] = {projection: (out_features if layout["cores"] else 0, in_features)}
+    shapes: dict[str, tuple[int, ...]] = {projection: (layout["cores"] * out_features, in_features)}
     if parameterization == "wrapper":
         for name in _WRAPPER:
             features = out_features if name.endswith("out") else in_features
@@ -85,9 +101,12 @@ def factor_shapes(
     return shapes
 
 
-def layout_of(factors: Factors) -> dict[str, int]:
+def layout_of(factors: Factors) -> Layout:
     """The entry of `SharedCoreConfig.layers` that describes the factors of one projection."""
-    return {"delta_rank": factors.delta_rank, "cores": 0 if factors.core is None else 1}
+    layout: Layout = {"delta_rank": factors.delta_rank, "cores": factors.cores}
+    if factors.groups is not None:
+        layout["groups"] = factors.groups.tolist()
+    return layout
 
 
 def parameterization_of(factors: list[Factors]) -> Parameterization:
