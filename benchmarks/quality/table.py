@@ -1,0 +1,100 @@
+"""Cells to a Markdown table, mean and deviation over seeds, and a plot of quality against bytes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+Cell = dict[str, Any]
+
+
+def group(cells: list[Cell]) -> dict[tuple[bool, float, str], list[Cell]]:
+    """Cells by (distilled, ratio, method); of the distilled ones, those at the learning rate that is best on the
+    validation text for the first seed that has all of them."""
+    grouped: dict[tuple[bool, float, str], list[Cell]] = defaultdict(list)
+    for cell in cells:
+        if "test" in cell and cell["method"] != "teacher":
+            grouped[cell["training"] is not None, cell["ratio"], cell["method"]].append(cell)
+    for key, found in grouped.items():
+        if key[0]:
+            rates = {
+                seed: {c["training"]["learning_rate"] for c in found if c["seed"] == seed} for seed in seeds(found)
+            }
+            searched = max(rates, key=lambda seed: (len(rates[seed]), -seed))
+            best = min((c for c in found if c["seed"] == searched), key=lambda c: c["validation"]["loss"])
+            found[:] = [c for c in found if c["training"] == best["training"]]
+    return grouped
+
+
+def seeds(cells: list[Cell]) -> list[int]:
+    return sorted({cell["seed"] for cell in cells})
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean and, of several values, standard deviation."""
+    if not values:
+        return ""
+    mean = f"{fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {stdev(values):.{digits}f}"
+
+
+def markdown(cells: list[Cell]) -> str:
+    """One table for each (zero-shot or distilled, ratio), best KL first; then what was not possible."""
+    lines: list[str] = []
+    grouped = group(cells)
+    for teacher in (cell for cell in cells if cell["method"] == "teacher"):
+        figures = teacher["test"]
+        lines += [f"Teacher: perplexity {figures['perplexity']:.3f}{_tasks_text(teacher)}.", ""]
+    for distilled, ratio in sorted({key[:2] for key in grouped}, key=lambda key: (key[0], -key[1])):
+        rows = {name: found for (d, r, name), found in grouped.items() if (d, r) == (distilled, ratio)}
+        tasks = sorted({task for found in rows.values() for cell in found for task in cell.get("tasks", {})})
+        head = ["method", "kept", "n", "perplexity", "KL to the teacher", "top-1 agreement", *tasks]
+        head += ["learning rate"] if distilled else []
+        lines += [f"### {ratio:.1%} of the expert bytes, {'distilled' if distilled else 'zero-shot'}", ""]
+        lines += ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+        for name, found in sorted(rows.items(), key=lambda item: fmean(c["test"]["kl"] for c in item[1])):
+            figures = {key: [cell["test"][key] for cell in found] for key in ("perplexity", "kl", "top1")}
+            row = [name, f"{fmean(c['kept'] for c in found):.4f}", str(len(found))]
+            row += [spread(figures["perplexity"], 3), spread(figures["kl"], 4), spread(figures["top1"], 3)]
+            row += [spread([c["tasks"][task] for c in found if task in c.get("tasks", {})], 2) for task in tasks]
+            row += [f"{found[0]['training']['learning_rate']:g}"] if distilled else []
+            lines.append("| " + " | ".join(row) + " |")
+        lines.append("")
+    failed = sorted({(c["method"], c["ratio"], c["error"]) for c in cells if "error" in c})
+    lines += [f"* {name} at {ratio:.1%}: not possible, {error}" for name, ratio, error in failed]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _tasks_text(cell: Cell) -> str:
+    return "".join(f", {task} {value:.2f}" for task, value in cell.get("tasks", {}).items())
+
+
+def plot(cells: list[Cell], path: Path) -> None:
+    """KL to the teacher against expert bytes, zero-shot and distilled side by side, deviations as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    grouped = group(cells)
+    panels = sorted({key[0] for key in grouped})
+    figure, axes = pyplot.subplots(1, max(1, len(panels)), figsize=(6 * max(1, len(panels)), 4.5), squeeze=False)
+    for axis, distilled in zip(axes[0], panels, strict=False):
+        curves: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+        for (kind, _, name), found in grouped.items():
+            if kind == distilled:
+                values = [cell["test"]["kl"] for cell in found]
+                deviation = stdev(values) if len(values) > 1 else 0.0
+                curves[name].append((fmean(c["expert_bytes"] for c in found) / 2**20, fmean(values), deviation))
+        for name, points in sorted(curves.items()):
+            x, y, bars = zip(*sorted(points), strict=True)
+            axis.errorbar(x, y, yerr=bars, marker="o", capsize=2, label=name, linewidth=1)
+        axis.set(xscale="log", yscale="log", xlabel="expert bytes, MiB", ylabel="KL to the teacher, nats per token")
+        axis.set_title("after distillation" if distilled else "zero-shot")
+        axis.legend(fontsize="x-small")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,136 @@
+"""The harness of the quality benchmark: cells are measured once, methods alike, and end in a table and a plot."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import OlmoeConfig, OlmoeForCausalLM
+
+from benchmarks.quality.__main__ import main
+from benchmarks.quality.calibration import find_router
+from benchmarks.quality.cells import Bench, Protocol
+from benchmarks.quality.distil import Training, distil
+from benchmarks.quality.methods import METHODS, Method
+from benchmarks.quality.models import TestModel, pieces, upcycle
+from benchmarks.quality.product import product
+from benchmarks.quality.score import score, teacher_log_probs
+from benchmarks.quality.table import group, markdown
+from moe_compress.modeling import load_tokenizer
+
+PROTOCOL = Protocol(
+    length=32,
+    calibration_rows=4,
+    validation_rows=2,
+    test_rows=2,
+    task_limit=0,
+    training=Training(steps=3, batch_size=2, warmup_steps=1, top_k=8),
+)
+ARGUMENTS = "--length 32 --calibration-rows 4 --validation-rows 2 --test-rows 2 --task-limit 0 --steps 3 --batch-size 2"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = OlmoeConfig(
+        vocab_size=4096,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_experts=8,
+        num_experts_per_tok=2,
+        pad_token_id=0,
+        initializer_range=0.3,  # experts strong enough that their loss shows
+    )
+    OlmoeForCausalLM(config).save_pretrained(directory)
+    load_tokenizer("reference").save_pretrained(directory)
+    corpus = directory / "corpus"
+    corpus.mkdir()
+    for split in ("train", "validation", "test"):
+        text = " ".join(f"{split} word{number}" for number in range(200))
+        (corpus / f"{split}.jsonl").write_text("\n".join(json.dumps({"text": text + str(i)}) for i in range(3)) + "\n")
+    return TestModel("tiny", directory, corpus)
+
+
+def test_cells_are_measured_once_and_the_table_takes_the_best_learning_rate(source, tmp_path):
+    bench = Bench(source, PROTOCOL, tmp_path)
+    bench.reference()
+    for ratio in (0.5, 0.25):
+        for seed in (1, 2):
+            bench.run(METHODS["svd-llm-joint"], ratio, seed, (1e-4, 1e-2) if seed == 1 else ())
+    bench.run(METHODS["hc-smoe"], 0.05, 1, ())
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "cells" / "tiny").glob("*.json")}
+    assert len(files) == 1 + 2 * (2 + 2) + 1
+
+    def fail(task):
+        raise AssertionError("measured again")
+
+    again = Bench(source, PROTOCOL, tmp_path)
+    again.run(Method("svd-llm-joint", fail, METHODS["svd-llm-joint"].settings), 0.5, 1, (1e-4, 1e-2))
+    with pytest.raises(AssertionError, match="measured again"):
+        again.run(Method("svd-llm-joint", fail, {"version": 2}), 0.5, 1, ())
+    assert files == {file: file.stat().st_mtime_ns for file in (tmp_path / "cells" / "tiny").glob("*.json")}
+
+    cells = again.cells()
+    distilled = group(cells)[True, 0.5, "svd-llm-joint"]
+    both = [cell for cell in cells if cell["training"] and cell["ratio"] == 0.5]
+    assert len(both) == 2 and distilled == [min(both, key=lambda cell: cell["validation"]["loss"])]
+    assert distilled[0]["test"]["kl"] > 0 and 0.4 < distilled[0]["kept"] <= 0.5
+    text = markdown(cells)
+    assert text.count("| svd-llm-joint |") == 4 and "hc-smoe at 5.0%: not possible" in text and "±" in text
+
+
+def test_distillation_brings_a_student_nearer_to_its_teacher(source, tmp_path):
+    training = Training(steps=40, batch_size=2, warmup_steps=2, top_k=64)
+    bench = Bench(source, replace(PROTOCOL, training=training), tmp_path)
+    student = bench.compress(METHODS["svd"], 0.25, 1)
+    rows, targets = bench.training_data
+    reference = teacher_log_probs(bench.teacher, rows)
+    before = score(student, rows, reference)
+    distil(student, rows, targets, training, 1e-3, seed=1)
+    after = score(student, rows, reference)
+    assert after["kl"] < 0.7 * before["kl"] and after["top1"] > before["top1"]
+
+
+def test_the_product_is_one_of_the_methods(source, tmp_path):
+    bench = Bench(source, PROTOCOL, tmp_path)
+    method = product("ours", ["compression.iterations=2"], source)
+    bench.run(method, 0.5, 1, (1e-3,))
+    cell = bench.cached(method, 0.5, 1, 1e-3)
+    assert 0.4 < cell["kept"] <= 0.5 and cell["settings"]["overrides"] == ["compression.iterations=2"]
+    assert bench.cached(product("ours", [], source), 0.5, 1, 1e-3) is None
+
+
+def test_command_line(source, tmp_path, capsys):
+    common = ["--model", str(source.path), "--corpus", str(source.corpus), "--cache", str(tmp_path), *ARGUMENTS.split()]
+    plot = tmp_path / "plot.png"
+    run = ["run", *common, "--methods", "svd", "--ratios", "0.5", "--seeds", "1", "--zero-shot", "--plot", str(plot)]
+    assert main(run) == 0 and "| svd |" in capsys.readouterr().out and plot.stat().st_size > 0
+    assert main(["run", *common, "--methods", "nothing"]) == 2
+    assert "no method nothing" in capsys.readouterr().err
+    assert main(["table", "--model", "coarse", "--cache", str(tmp_path)]) == 2
+    assert "not there yet" in capsys.readouterr().err
+
+
+def test_an_upcycled_model_computes_what_the_dense_one_does():
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True, "pad_token_id": 0}
+    dense = Qwen3ForCausalLM(Qwen3Config(**shape, **heads, bos_token_id=0, eos_token_id=0)).eval()
+    sparse = upcycle(dense, experts=4, top_k=2).eval()
+    rows = torch.randint(0, 64, (2, 16))
+    torch.testing.assert_close(sparse(input_ids=rows).logits, dense(input_ids=rows).logits, atol=1e-4, rtol=1e-4)
+    assert find_router(sparse.model.layers[0].mlp, 4).weight.abs().max() > 0
+
+
+def test_pieces_of_a_work_are_whole_paragraphs_and_nothing_is_lost():
+    work = "\n\n".join(f"paragraph {number} " + "x" * 3000 for number in range(7))
+    found = list(pieces(work))
+    assert len(found) == 3 and "".join(found).strip() == work
