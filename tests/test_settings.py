@@ -66,6 +66,8 @@ def test_presets_set_what_they_are_named_for() -> None:
     svd = settings.compose(["compression=svd"]).compression
     assert (svd.cores, svd.alignment) == (0, "none")
     assert svd.target_ratio == settings.compose([]).compression.target_ratio
+    assert settings.compose(["compression.cores=4"]).compression.cores == 4
+    assert settings.compose(["compression.cores=auto"]).compression.cores == "auto"
     adam = settings.compose(["compression=adam"]).compression
     assert (adam.method, adam.parameterization) == ("adam", "wrapper")
     assert [stage.name for stage in settings.compose(["distillation=router_only"]).distillation.stages] == ["router"]
@@ -180,7 +182,9 @@ def test_interpolations_are_resolved_at_once() -> None:
         ("distillation.stages=[3]", "distillation.stages.0 is a group of settings"),
         ("distillation.stages.7.steps=1", "distillation.stages has 2 entries"),
         ("compression.method=magic", "is not one of: closed_form, adam"),
-        ("compression.cores=2", "is not one of: 0, 1"),
+        ("compression.cores=-1", "compression.cores=-1 must be a whole number from 0, or auto"),
+        ("compression.cores=some", "compression.cores=some must be a whole number from 0, or auto"),
+        ("compression.cores=1.5", "compression.cores=1.5 is not possible: expected integer or text"),
         ("compression.rank=0", "compression.rank=0 must be at least 1"),
         ("compression.target_ratio=0", "compression.target_ratio=0.0 must be between 0 and 1"),
         ("compression.target_ratio=1", "compression.target_ratio=1.0 must be between 0 and 1"),

@@ -69,6 +69,9 @@ _RULES: dict[type, dict[str, _Rule]] = {
         "target_ratio": _OPEN_UNIT,
         "target_bytes": _at_least(1),
         "rank_multiple": _at_least(1),
+        "cores": _Rule(
+            lambda cores: cores >= 0 if isinstance(cores, int) else cores == "auto", "a whole number from 0, or auto"
+        ),
         "iterations": _at_least(0),
         "num_steps": _at_least(1),
         "lr": _POSITIVE,

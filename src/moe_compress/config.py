@@ -85,8 +85,11 @@ class CompressionConfig:
     parameterization: str = setting(
         "delta", "What is stored and trained: delta (core + A B) or wrapper ((I+UV')C(I+UV')).", ("delta", "wrapper")
     )
-    cores: int = setting(
-        1, "Cores per layer and projection: 1 shared core, 0 none (plain low-rank per expert).", (0, 1)
+    cores: int | str = setting(
+        1,
+        "Cores per layer and projection: 1 shared core, 0 none (plain low-rank per expert), more for groups of experts "
+        "with a core each; auto takes for each projection which of 0, 1 (and, from 16 experts on, 2, 4) fits best at "
+        "the same bytes.",
     )
     allocation: str = setting(
         "uniform",

@@ -9,7 +9,8 @@ import dataclasses
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
+from operator import or_
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -56,7 +57,7 @@ def _required(annotation: Any) -> tuple[Any, bool]:
     """The annotation without `None`, and whether it had it."""
     if get_origin(annotation) in (Union, types.UnionType):
         rest = [option for option in get_args(annotation) if option is not type(None)]
-        return rest[0], len(rest) < len(get_args(annotation))
+        return reduce(or_, rest), len(rest) < len(get_args(annotation))
     return annotation, False
 
 
@@ -128,6 +129,8 @@ def describe_type(info: FieldInfo) -> str:
         words = f"list of {{{', '.join(fields_of(info.element))}}}"
     elif is_mapping(info.type):
         words = f"{{name: {_WORDS.get(get_args(info.type)[1], 'value')}}}"
+    elif get_origin(info.type) is types.UnionType:
+        words = " or ".join(_WORDS[option] for option in get_args(info.type))
     elif get_origin(info.type) is list:
         words = f"list of {_WORDS.get(get_args(info.type)[0], 'values')}s"
     else:

@@ -16,6 +16,7 @@ from moe_compress.compression import allocate, compress
 from moe_compress.compression.allocate import allocate_ranks
 from moe_compress.compression.plan_table import print_plan
 from moe_compress.compression.planning import make_plan
+from moe_compress.compression.ranks import Choice
 from moe_compress.compression.source import open_model
 from moe_compress.config import Config
 from moe_compress.errors import UserError
@@ -97,6 +98,6 @@ def test_the_plan_says_that_ranks_are_not_final(uneven: Path, settings: Settings
     print_plan(make_plan(source, config), Console(file=stream, width=200))
     assert "greedy: the bytes are an upper limit" in stream.getvalue()
     final = io.StringIO()
-    ranks = dict.fromkeys(((layer.name, p) for layer in source.map.layers for p in layer.experts.projections), 2)
-    print_plan(make_plan(source, config, ranks), Console(file=final, width=200))
+    chosen = {(layer.name, p): (Choice(1, 2),) for layer in source.map.layers for p in layer.experts.projections}
+    print_plan(make_plan(source, config, chosen), Console(file=final, width=200))
     assert "upper limit" not in final.getvalue()

@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 
 from moe_compress.compression.layer import LayerInput, layer_input
-from moe_compress.compression.ranks import choose_ranks, projections_budget, value_width
+from moe_compress.compression.ranks import Ranks, choose_ranks, fixed_cores, projections_budget, value_width
 from moe_compress.compression.source import SourceModel
 from moe_compress.config import Config
 from moe_compress.errors import UserError
 from moe_compress.factorization import align_neurons, error_curve, greedy_ranks, permute_columns, permute_rows
 from moe_compress.files import fingerprint, write_json
-
-Ranks = dict[tuple[str, str], int]  # (module name, projection) to delta rank
 
 
 def allocate_ranks(
@@ -49,7 +47,7 @@ def allocate_ranks(
             "source": source.checkpoint.fingerprint,
             "budget": budget,
             "dtype": settings.dtype,
-            "settings": [settings.cores, settings.rank_multiple, settings.parameterization, settings.alignment],
+            "settings": [fixed_cores(config), settings.rank_multiple, settings.parameterization, settings.alignment],
         }
     )
     kept = _read(file, key)
@@ -60,7 +58,7 @@ def allocate_ranks(
     for layer in source.map.layers:
         measured = layer_curves(
             layer_input(layer.experts, source.map.load(source.checkpoint, layer)),
-            cores=settings.cores,
+            cores=fixed_cores(config),
             alignment=settings.alignment,
             device=device,
         )
@@ -72,7 +70,7 @@ def allocate_ranks(
         curves,
         shapes,
         budget=budget,
-        cores=settings.cores,
+        cores=fixed_cores(config),
         bytes_per_value=value_width(source.map.layers, config),
         rank_multiple=settings.rank_multiple,
         parameterization=settings.parameterization,

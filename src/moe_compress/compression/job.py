@@ -94,7 +94,7 @@ class Job:
         taken: list[int] = []  # by this process, their matrices yet to come
         walked = walk.run(
             self.written,
-            self.writer.layer_tensors,
+            self.writer.layer_parameters,
             lambda done, total: self.progress.update(task, completed=done, total=total),
         )
         for index in walked:

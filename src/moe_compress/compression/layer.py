@@ -1,9 +1,13 @@
-"""Compressing one MoE layer: align its neurons, fit each projection. Pure functions, which any worker may call."""
+"""Compressing one MoE layer: align its neurons, choose its cores, fit each projection.
+
+Pure functions, which any worker may call.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,21 +16,24 @@ from moe_compress.compression.calibrate import LayerGrams
 from moe_compress.errors import UserError
 from moe_compress.factorization import (
     Factors,
+    FitResult,
     FitSpec,
     align_neurons,
     fit,
+    group_experts,
     permute_columns,
     permute_rows,
     shrink_grams,
 )
 from moe_compress.modeling import ExpertsModule, factor_tensors
+from moe_compress.modeling.tensors import Layout, layout_of
 
 
 @dataclass(frozen=True)
 class LayerSettings:
     """How one layer is compressed; the same everywhere but for the ranks."""
 
-    specs: dict[str, FitSpec]  # by projection
+    specs: dict[str, tuple[FitSpec, ...]]  # by projection; of several, the one that leaves the least error is taken
     dtypes: dict[str, torch.dtype]  # of what is stored, by projection and, for biases, `<projection>_bias`
     alignment: str = "weights"
     shrinkage: float = 0.1
@@ -58,15 +65,21 @@ class LayerResult:
     Attributes:
         factors: by projection.
         biases: `<projection>_bias` [E, out], in the new order of the neurons.
-        errors: projection to `relative_error` and `data_error` (None without calibration), measured in fp32.
+        errors: projection to `relative_error` and `data_error` (None without calibration), measured in fp32; where the
+            cores were chosen, also `candidates`: `cores`, `delta_rank` and `error` of each.
         load: tokens per expert in the calibration, or None.
     """
 
     name: str
     factors: dict[str, Factors]
     biases: dict[str, Tensor]
-    errors: dict[str, dict[str, float | None]]
+    errors: dict[str, dict[str, Any]]
     load: list[int] | None
+
+    @property
+    def layouts(self) -> dict[str, Layout]:
+        """The module's entry in `SharedCoreConfig.layers`."""
+        return {projection: layout_of(factors) for projection, factors in self.factors.items()}
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that is stored, under the full names of the compressed model's parameters."""
@@ -99,46 +112,114 @@ def fit_layer(
 ) -> LayerResult:
     """Align the neurons of one layer's experts and fit each of its projections.
 
+    The experts are first aligned all with each other. Where a projection gets several cores, its experts are grouped
+    then, aligned again within the groups of both projections, and fitted in that order.
+
     Args:
         on_projection: called after each projection with its name and relative error.
 
     Raises:
         UserError: the factors cannot be held by the type that they are to be stored in.
     """
-    up, down = layer.weights  # in the order of the computation
-    gates = 1 if up == "up_proj" else 2
-    weights = {name: weight.to(settings.device) for name, weight in layer.weights.items()}
-    biases = dict(layer.biases)
-    grams = {}
-    if layer.grams is not None:
-        grams = {name: gram.to(settings.device) for name, gram in layer.grams.grams.items()}
-    if settings.alignment == "weights":
-        order = align_neurons(weights[up], weights[down], interleaved=layer.interleaved, gates=gates)
-        weights[up] = permute_rows(weights[up], order, interleaved=layer.interleaved, gates=gates)
-        weights[down] = permute_columns(weights[down], order)
-        if up in biases:
-            biases[up] = permute_rows(biases[up], order, interleaved=layer.interleaved, gates=gates)
-        if down in grams:
-            grams[down] = _permute_gram(grams[down], order)
+    work = _Work(layer, settings)
+    align = settings.alignment == "weights"
+    if align:
+        work.align()
+    specs, groups = {}, {}
+    results: dict[str, FitResult] = {}
+    tried: dict[str, list[dict[str, Any]]] = {}
+    for projection, candidates in settings.specs.items():
+        specs[projection], groups[projection] = candidates[0], work.groups(projection, candidates[0])
+        if len(candidates) > 1:
+            specs[projection], results[projection], tried[projection] = work.best_fit(projection, candidates)
+            groups[projection] = results[projection].factors.groups
+    if align and any(group is not None for group in groups.values()):
+        up, down = layer.weights
+        work.align((groups[up], groups[down]))
+        results.clear()
     factors: dict[str, Factors] = {}
-    errors: dict[str, dict[str, float | None]] = {}
-    for projection in (up, down):
-        gram = grams.pop(projection, None)
-        if gram is not None and layer.grams is not None:
-            gram = shrink_grams(gram, settings.shrinkage, layer.grams.tokens)
-        result = fit(weights.pop(projection), settings.specs[projection], gram)
+    errors: dict[str, dict[str, Any]] = {}
+    for projection, spec in specs.items():
+        result = results.pop(projection, None) or work.fit(projection, spec, groups[projection])
+        work.forget(projection)
         factors[projection] = _stored(layer.name, projection, result.factors, settings.dtypes[projection])
         errors[projection] = {"relative_error": result.relative_error, "data_error": result.data_error}
+        if projection in tried:
+            errors[projection]["candidates"] = tried[projection]
         on_projection(projection, result.relative_error)
-    stored_biases = {f"{name}_bias": bias.to("cpu", settings.dtypes[f"{name}_bias"]) for name, bias in biases.items()}
+    biases = {f"{name}_bias": bias.to("cpu", settings.dtypes[f"{name}_bias"]) for name, bias in work.biases.items()}
     load = None if layer.grams is None else layer.grams.tokens.tolist()
-    return LayerResult(layer.name, factors, stored_biases, errors, load)
+    return LayerResult(layer.name, factors, biases, errors, load)
 
 
-def _permute_gram(gram: Tensor, order: Tensor) -> Tensor:
+class _Work:
+    """A layer on the device, whose neurons can be put in another order."""
+
+    def __init__(self, layer: LayerInput, settings: LayerSettings) -> None:
+        self.layer, self.settings = layer, settings
+        self.weights = {name: weight.to(settings.device) for name, weight in layer.weights.items()}
+        self.biases = dict(layer.biases)
+        self.grams: dict[str, Tensor] = {}
+        if layer.grams is not None:
+            self.grams = {name: gram.to(settings.device) for name, gram in layer.grams.grams.items()}
+
+    def align(self, groups: tuple[Tensor | None, Tensor | None] = (None, None)) -> None:
+        """Align the neurons of the experts that share a core, in each projection."""
+        up, down = self.layer.weights  # in the order of the computation
+        gates, interleaved = 1 if up == "up_proj" else 2, self.layer.interleaved
+        order = align_neurons(
+            self.weights[up],
+            self.weights[down],
+            interleaved=interleaved,
+            gates=gates,
+            groups=groups,
+        )
+        self.weights[up] = permute_rows(self.weights[up], order, interleaved=interleaved, gates=gates)
+        self.weights[down] = permute_columns(self.weights[down], order)
+        if up in self.biases:
+            self.biases[up] = permute_rows(self.biases[up], order, interleaved=interleaved, gates=gates)
+        if down in self.grams:
+            self.grams[down] = _permuted_gram(self.grams[down], order)
+
+    def groups(self, projection: str, spec: FitSpec) -> Tensor | None:
+        """The core of each expert, where there are several."""
+        if spec.cores < 2:
+            return None
+        return group_experts(self.weights[projection], spec.cores, self._gram(projection))
+
+    def fit(self, projection: str, spec: FitSpec, groups: Tensor | None) -> FitResult:
+        """Fit a projection."""
+        return fit(self.weights[projection], spec, self._gram(projection), groups)
+
+    def best_fit(
+        self, projection: str, candidates: tuple[FitSpec, ...]
+    ) -> tuple[FitSpec, FitResult, list[dict[str, Any]]]:
+        """The candidate of the least error (of equals the first), and the error of each."""
+        best: tuple[float, FitSpec, FitResult] | None = None
+        tried = []
+        for spec in candidates:
+            result = self.fit(projection, spec, self.groups(projection, spec))
+            error = result.relative_error if result.data_error is None else result.data_error
+            tried.append({"cores": spec.cores, "delta_rank": spec.delta_rank, "error": error})
+            if best is None or error < best[0]:
+                best = error, spec, result
+        assert best is not None
+        return best[1], best[2], tried
+
+    def forget(self, projection: str) -> None:
+        """Free what only the fit of this projection needed."""
+        del self.weights[projection]
+        self.grams.pop(projection, None)
+
+    def _gram(self, projection: str) -> Tensor | None:
+        if self.layer.grams is None:
+            return None
+        return shrink_grams(self.grams[projection], self.settings.shrinkage, self.layer.grams.tokens)
+
+
+def _permuted_gram(gram: Tensor, order: Tensor) -> Tensor:
     """Gram matrices [E, I, I] of neurons in a new order [E, I]."""
-    expert = torch.arange(gram.shape[0], device=gram.device)[:, None, None]
-    return gram[expert, order[:, :, None], order[:, None, :]]
+    return torch.stack([own[neurons][:, neurons] for own, neurons in zip(gram, order, strict=True)])
 
 
 def _stored(module: str, projection: str, factors: Factors, dtype: torch.dtype) -> Factors:

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from moe_compress.compression.allocate import Ranks, allocate_ranks
+from moe_compress.compression.allocate import allocate_ranks
 from moe_compress.compression.calibrate import Calibration
 from moe_compress.compression.job import Job, calibration_walk, copy_others, progress_bars
 from moe_compress.compression.layer import LayerSettings
 from moe_compress.compression.plan_table import print_plan
 from moe_compress.compression.planning import Plan, check_disk, check_plan, make_plan
-from moe_compress.compression.ranks import stored_dtype
+from moe_compress.compression.ranks import Choice, Ranks, candidates, stored_dtype
 from moe_compress.compression.source import SourceModel, open_model
 from moe_compress.compression.workers import Team
 from moe_compress.compression.writer import CheckpointWriter, LayerRecord
@@ -31,7 +31,7 @@ from moe_compress.run import Run
 
 STAGE = "compress"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_SHARD_FORMAT = 1  # part of what a shard was made by: raise it when the same settings give other tensors
+_SHARD_FORMAT = 2  # part of what a shard was made by: raise it when the same settings give other tensors
 
 
 def compress(run: Run) -> None:
@@ -73,7 +73,7 @@ def _compress(run: Run, team: Team, console: Console) -> None:
     ranks = None
     if run.config.compression.allocation == "greedy":
         ranks = _allocate(run, source, fit_device(run.config, team.local_rank), console)
-    plan = make_plan(source, run.config, ranks)
+    plan = make_plan(source, run.config, candidates(source.map.layers, run.config, ranks))
     if team.leads:
         check_plan(plan)
         if not target.exists():
@@ -126,7 +126,8 @@ def compress_model(
     keys = _keys(source, plan, settings, calibration)
     if target.exists():
         # Killed after the rename: all that is left to do is to report.
-        return report_facts(source, plan, config, _records(CheckpointWriter(target, source), keys))
+        records = _records(CheckpointWriter(target, source), keys)
+        return report_facts(source, settled(source, plan, config, records), config, records)
     with ExitStack() as stack:
         if team.leads:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -146,7 +147,8 @@ def compress_model(
         if not team.leads:
             return None
         records = _records(writer, keys)
-        written = writer.finish(plan)
+        plan = settled(source, plan, config, records)
+        written = writer.finish(plan, records)
         if written != plan.after.bytes:
             raise RuntimeError(f"{written} bytes were written where the plan says {plan.after.bytes}")
     return report_facts(source, plan, config, records)
@@ -157,20 +159,36 @@ def layer_settings(source: SourceModel, plan: Plan, config: Config, index: int, 
     settings = config.compression
     layer = source.map.layers[index]
     specs = {
-        projection.name: FitSpec(
-            method=settings.method,  # type: ignore[arg-type]
-            parameterization=settings.parameterization,  # type: ignore[arg-type]
-            delta_rank=projection.delta_rank,
-            cores=projection.cores,  # type: ignore[arg-type]
-            iterations=settings.iterations,
-            num_steps=settings.num_steps,
-            lr=settings.lr,
-            seed=config.seed,
+        projection.name: tuple(
+            FitSpec(
+                method=settings.method,
+                parameterization=settings.parameterization,
+                delta_rank=choice.delta_rank,
+                cores=choice.cores,
+                iterations=settings.iterations,
+                num_steps=settings.num_steps,
+                lr=settings.lr,
+                seed=config.seed,
+            )
+            for choice in projection.choices
         )
         for projection in plan.layers[index].projections
     }
     dtypes = {name: stored_dtype(layer, name, config) for name in layer.dtypes}
     return LayerSettings(specs, dtypes, settings.alignment, settings.calibration.shrinkage, device)
+
+
+def settled(source: SourceModel, plan: Plan, config: Config, records: list[LayerRecord]) -> Plan:
+    """The plan with what was chosen while it was carried out; `records` are those of all layers."""
+    return make_plan(
+        source,
+        config,
+        {
+            (layer.name, name): (Choice(layout["cores"], layout["delta_rank"]),)
+            for layer, record in zip(plan.layers, records, strict=True)
+            for name, layout in record.layouts.items()
+        },
+    )
 
 
 def fit_device(config: Config, local_rank: int = 0) -> torch.device:
@@ -198,7 +216,8 @@ def report_facts(source: SourceModel, plan: Plan, config: Config, records: list[
 
     Returns:
         `layers`: by module name, `projections` (by name: `relative_error`, `data_error`, `delta_rank`, `cores`, `shape`
-        [E, out, in], `bytes_before`, `bytes`) and `load` (tokens per expert in the calibration, or None);
+        [E, out, in], `bytes_before`, `bytes`, and `candidates` where the cores were chosen, see `LayerResult.errors`)
+        and `load` (tokens per expert in the calibration, or None);
         `totals`: `bytes_*`, `expert_bytes_*`, `parameters_*`, `expert_parameters_*`, `active_parameters_*` and
         `flops_per_token_*`, each `_before` and `_after`, and `ratio`; and the settings that tell fits apart.
     """
@@ -266,7 +285,7 @@ def _made_by(source: SourceModel, name: str, settings: LayerSettings, grams: str
             "format": _SHARD_FORMAT,
             "source": source.checkpoint.fingerprint,
             "layer": name,
-            "specs": {projection: asdict(spec) for projection, spec in settings.specs.items()},
+            "specs": {projection: [asdict(spec) for spec in specs] for projection, specs in settings.specs.items()},
             "dtypes": {name: str(dtype) for name, dtype in settings.dtypes.items()},
             "alignment": settings.alignment,
             "shrinkage": settings.shrinkage if grams is not None else None,

@@ -37,7 +37,9 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     console.print(_size_table(plan))
     projections = [projection for layer in plan.layers for projection in layer.projections]
     dtypes = " and ".join(sorted({projection.dtype for projection in projections}))
-    cores = " or ".join(sorted({"a shared core" if projection.cores else "no core" for projection in projections}))
+    numbers = sorted({choice.cores for projection in projections for choice in projection.choices})
+    words = {0: "no core", 1: "a shared core"}
+    cores = " or ".join(words.get(number, f"{number} cores") for number in numbers)
     fitted = "on calibration data" if plan.calibrated else "on the weights"
     console.print(
         f"The experts' projections keep {plan.ratio:.2%} of their bytes: {cores} and low-rank factors "
@@ -50,8 +52,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     )
     if plan.provisional:
         console.print(
-            "compression.allocation=greedy: the bytes are an upper limit; how they are divided among layers and "
-            "projections is measured by compress, so that its ranks will differ from these.",
+            f"{' and '.join(plan.provisional)}: the bytes are an upper limit; what they buy in each projection is "
+            "measured by compress, so that its ranks and cores will differ from these.",
             highlight=False,
         )
     slower = [layer for layer in plan.layers if layer.arithmetic > 1]
@@ -60,7 +62,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         console.print(
             f"[yellow]{len(slower)} of {len(plan.layers)} MoE layers need more multiply-adds per token than before "
             f"({worst.arithmetic:.2f} times in {worst.name}): expect them to be smaller but slower. "
-            "A lower rank, or compression.cores=0 where few experts are used per token, avoids it.[/yellow]",
+            "A lower rank, or fewer cores where few experts are used per token, avoids it.[/yellow]",
             highlight=False,
         )
     if plan.unused:
@@ -82,7 +84,7 @@ def _layer_table(plan: Plan) -> Table:
     )
     for title in ("layers", "top-k", "projection"):
         table.add_column(title, no_wrap=True)
-    for title in ("out x in", "rank R", "before", "after", "kept"):
+    for title in ("out x in", "cores", "rank R", "before", "after", "kept"):
         table.add_column(title, justify="right", no_wrap=True)
 
     def kind(item: tuple[int, LayerPlan]) -> tuple[object, ...]:
@@ -98,6 +100,7 @@ def _layer_table(plan: Plan) -> Table:
                 f"{layers[0].top_k} of {projection.experts}" if first else "",
                 projection.name,
                 f"{projection.rows} x {projection.columns}",
+                str(projection.cores),
                 str(projection.delta_rank),
                 _bytes(projection.bytes_before * len(layers)),
                 _bytes(projection.bytes_after * len(layers)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ from torch import nn
 
 from moe_compress.compression.calibrate import GRAM_BYTES_AT_ONCE, gram_bytes
 from moe_compress.compression.mapping import MoeLayer
-from moe_compress.compression.ranks import choose_ranks, stored_dtype
+from moe_compress.compression.ranks import Choice, candidates, stored_dtype
 from moe_compress.compression.source import SourceModel, open_model
 from moe_compress.config import Config
 from moe_compress.errors import UserError
 from moe_compress.factorization import check_rank, projection_bytes
+from moe_compress.factorization.budget import Shape
 from moe_compress.modeling import experts_per_token
 
 _LIBRARY_BYTES = 600 << 20  # interpreter, PyTorch and Transformers
@@ -25,7 +26,11 @@ _TEMPORARY_BYTES = 512 << 20  # one temporary of a fit over a chunk of experts i
 
 @dataclass(frozen=True)
 class ProjectionPlan:
-    """One projection of one MoE layer: what it is and what it becomes."""
+    """One projection of one MoE layer: what it is and what it becomes.
+
+    Attributes:
+        alternatives: what it may become instead, which costs no more: the fit takes what leaves the least error.
+    """
 
     name: str
     experts: int
@@ -36,6 +41,7 @@ class ProjectionPlan:
     dtype: str  # of the stored factors
     bytes_before: int
     bytes_after: int
+    alternatives: tuple[Choice, ...] = ()
 
     @property
     def parameters_before(self) -> int:
@@ -50,8 +56,14 @@ class ProjectionPlan:
         return top_k * self.rows * self.columns
 
     def active_after(self, top_k: int) -> int:
-        """Parameters used for one token: the core once, the delta of each expert that the token is routed to."""
-        return self.cores * self.rows * self.columns + top_k * self.delta_rank * (self.rows + self.columns)
+        """Parameters used for one token: the deltas of the experts that it is routed to, and the cores of these."""
+        cores = min(self.cores, top_k)  # at most
+        return cores * self.rows * self.columns + top_k * self.delta_rank * (self.rows + self.columns)
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        """All that it may become, with the fewest cores first."""
+        return tuple(sorted((Choice(self.cores, self.delta_rank), *self.alternatives)))
 
 
 @dataclass(frozen=True)
@@ -106,7 +118,8 @@ class Plan:
         unused: tensors of the source that the model does not load; they are copied as they are.
         peak_bytes: expected peak of main memory (and of the device, where the two differ).
         disk_bytes: disk needed while it runs: the compressed checkpoint and the cached Gram matrices.
-        provisional: whether the ranks stand for others, which `compress` will choose within the same bytes.
+        provisional: settings that leave something to be chosen by `compress`, within the same bytes; until then ranks
+            and cores stand for others.
     """
 
     model: str
@@ -121,7 +134,7 @@ class Plan:
     peak_bytes: int
     disk_bytes: int
     peak_stage: str = field(default="fit")
-    provisional: bool = False
+    provisional: tuple[str, ...] = ()
 
     @property
     def ratio(self) -> float:
@@ -149,18 +162,22 @@ def plan(config: Config) -> Plan:
     return result
 
 
-def make_plan(source: SourceModel, config: Config, ranks: dict[tuple[str, str], int] | None = None) -> Plan:
+def make_plan(
+    source: SourceModel, config: Config, choices: Mapping[tuple[str, str], tuple[Choice, ...]] | None = None
+) -> Plan:
     """Count everything. Nothing is checked for sense: see `check_plan`.
 
     Args:
-        ranks: delta rank of each (module name, projection), as `allocate_ranks` measures them; None takes the same
-            share of the bytes everywhere.
+        choices: what each (module name, projection) may become; None takes the same share of the bytes everywhere.
     """
     settings = config.compression
-    provisional = ranks is None and settings.allocation == "greedy"
-    if ranks is None:
-        ranks = choose_ranks(source.map.layers, config)
-    layers = [_layer_plan(layer, source, config, ranks) for layer in source.map.layers]
+    provisional = []
+    if choices is None:
+        choices = candidates(source.map.layers, config)
+        provisional += ["compression.allocation=greedy"] if settings.allocation == "greedy" else []
+    if any(len(tried) > 1 for tried in choices.values()):
+        provisional.append("compression.cores=auto")
+    layers = [_layer_plan(layer, source, config, choices) for layer in source.map.layers]
     model = source.map.model
     embeddings = _embedding_parameters(model)
     others = _non_expert_parameters(model, source.map.layers)
@@ -210,7 +227,7 @@ def make_plan(source: SourceModel, config: Config, ranks: dict[tuple[str, str], 
         peak_bytes=peaks[stage],
         disk_bytes=after.bytes + grams,
         peak_stage=stage,
-        provisional=provisional,
+        provisional=tuple(provisional),
     )
 
 
@@ -222,15 +239,18 @@ def check_plan(plan: Plan) -> None:
     """
     for layer in plan.layers:
         for projection in layer.projections:
-            if plan.parameterization == "wrapper" and projection.cores == 0:
-                raise UserError("compression.parameterization=wrapper needs a core; set compression.cores=1 or delta")
-            check_rank(
-                f"{layer.name}.{projection.name}",
-                (projection.experts, projection.rows, projection.columns),
-                projection.delta_rank,
-                cores=projection.cores,
-                parameterization=plan.parameterization,
-            )
+            for cores, rank in projection.choices:
+                if plan.parameterization == "wrapper" and cores == 0:
+                    raise UserError(
+                        "compression.parameterization=wrapper needs a core; set compression.cores=1 or delta"
+                    )
+                check_rank(
+                    f"{layer.name}.{projection.name}",
+                    (projection.experts, projection.rows, projection.columns),
+                    rank,
+                    cores=cores,
+                    parameterization=plan.parameterization,
+                )
 
 
 def check_disk(plan: Plan, directory: Path, existing: int = 0) -> None:
@@ -251,24 +271,31 @@ def check_disk(plan: Plan, directory: Path, existing: int = 0) -> None:
         )
 
 
-def _layer_plan(layer: MoeLayer, source: SourceModel, config: Config, ranks: dict[tuple[str, str], int]) -> LayerPlan:
-    cores = config.compression.cores
+def _layer_plan(
+    layer: MoeLayer, source: SourceModel, config: Config, choices: Mapping[tuple[str, str], tuple[Choice, ...]]
+) -> LayerPlan:
     projections = []
     bias_values = bias_before = bias_after = 0
     for name, (experts, rows, columns) in layer.experts.projections.items():
         dtype = stored_dtype(layer, name, config)
-        rank = ranks[layer.name, name]
+
+        def cost(choice: Choice, shape: Shape = (experts, rows, columns), width: int = dtype.itemsize) -> int:
+            return projection_bytes(*shape, choice.delta_rank, choice.cores, width)
+
+        tried = choices[layer.name, name]
+        costliest = max(tried, key=cost)
         projections.append(
             ProjectionPlan(
                 name=name,
                 experts=experts,
                 rows=rows,
                 columns=columns,
-                delta_rank=rank,
-                cores=cores,
+                delta_rank=costliest.delta_rank,
+                cores=costliest.cores,
                 dtype=str(dtype).removeprefix("torch."),
                 bytes_before=experts * rows * columns * layer.dtypes[name].itemsize,
-                bytes_after=projection_bytes(experts, rows, columns, rank, cores, dtype.itemsize),
+                bytes_after=cost(costliest),
+                alternatives=tuple(choice for choice in tried if choice != costliest),
             )
         )
         bias = f"{name}_bias"

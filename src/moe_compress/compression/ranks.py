@@ -1,20 +1,96 @@
-"""The delta rank of every projection, and the type in which it is stored, from the settings."""
+"""The cores and the delta rank of every projection, and the type in which it is stored, from the settings."""
 
 from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import NamedTuple
 
 import torch
 
 from moe_compress.compression.mapping import MoeLayer
 from moe_compress.config import Config
 from moe_compress.errors import UserError
-from moe_compress.factorization import projection_bytes, uniform_ranks
+from moe_compress.factorization import projection_bytes, rank_within, uniform_ranks
+
+Ranks = dict[tuple[str, str], int]  # (module name, projection) to delta rank
+_MORE_CORES = (2, 4)  # that compression.cores=auto tries where there are at least _MANY_EXPERTS
+_MANY_EXPERTS = 16
 
 
-def choose_ranks(layers: list[MoeLayer], config: Config) -> dict[tuple[str, str], int]:
+class Choice(NamedTuple):
+    """What a projection becomes."""
+
+    cores: int
+    delta_rank: int
+
+
+Choices = dict[tuple[str, str], tuple[Choice, ...]]  # (module name, projection) to the candidates, one if it is settled
+
+
+def candidates(layers: list[MoeLayer], config: Config, ranks: Ranks | None = None) -> Choices:
+    """What each projection may become; with `compression.cores=auto` the fit takes the best.
+
+    The candidates of a projection take no more bytes than its share of the budget. A share of the target is the same
+    part of every projection, and buys ranks rounded to `compression.rank_multiple`; where ranks are given, or set by
+    `compression.rank`, it is what they cost with one core, and buys others to the last rank.
+
+    Args:
+        ranks: as `allocate_ranks` measures them; None takes those of `choose_ranks`.
+
+    Raises:
+        UserError: the budget cannot be reached; the message names the nearest feasible ratio.
+    """
+    settings = config.compression
+    if settings.cores != "auto":
+        return {
+            key: (Choice(fixed_cores(config), rank),) for key, rank in (ranks or choose_ranks(layers, config)).items()
+        }
+    target = settings.target_ratio is not None or settings.target_bytes is not None
+    if ranks is None and not target:
+        ranks = choose_ranks(layers, config)
+    wrapper = settings.parameterization == "wrapper"
+    share = Fraction(0)
+    if ranks is None:
+        choose_ranks(layers, config, cores=1 if wrapper else 0)  # refuses what cannot be reached
+        share = Fraction(projections_budget(layers, config, {}), sum(map(_original_bytes, layers)))
+    found: Choices = {}
+    for layer in layers:
+        for name, shape in layer.experts.projections.items():
+            width = stored_dtype(layer, name, config).itemsize
+            if ranks is None:
+                budget = math.floor(share * math.prod(shape) * layer.dtypes[name].itemsize)
+            else:
+                budget = projection_bytes(*shape, ranks[layer.name, name], 1, width)
+            tried = []
+            for cores in (*(() if wrapper else (0,)), 1, *(_MORE_CORES if shape[0] >= _MANY_EXPERTS else ())):
+                rank = rank_within(
+                    shape,
+                    budget,
+                    cores=cores,
+                    bytes_per_value=width,
+                    rank_multiple=settings.rank_multiple if ranks is None else 1,
+                    parameterization=settings.parameterization,
+                )
+                if ranks is not None and cores == 1:
+                    rank = ranks[layer.name, name]
+                if rank:
+                    tried.append(Choice(cores, rank))
+            found[layer.name, name] = tuple(tried)
+    return found
+
+
+def fixed_cores(config: Config) -> int:
+    """The number of cores to count with before the fit: that of the settings, one with `auto`."""
+    cores = config.compression.cores
+    return cores if isinstance(cores, int) else 1
+
+
+def choose_ranks(layers: list[MoeLayer], config: Config, cores: int | None = None) -> Ranks:
     """The delta rank of each (module name, projection): from compression.rank, or from a budget of bytes.
+
+    Args:
+        cores: of each projection; None takes `fixed_cores`.
 
     Raises:
         UserError: the budget cannot be reached; the message names the nearest feasible ratio.
@@ -30,7 +106,7 @@ def choose_ranks(layers: list[MoeLayer], config: Config) -> dict[tuple[str, str]
         {f"{layer.name}.{projection}": layer.experts.projections[projection] for layer, projection in keys},
         target_bytes=None if settings.target_bytes is None else settings.target_bytes - _bias_bytes(layers, config),
         ratio=settings.target_ratio,
-        cores=settings.cores,
+        cores=fixed_cores(config) if cores is None else cores,
         bytes_per_value=value_width(layers, config),
         original_bytes_per_value=original_width,
         rank_multiple=settings.rank_multiple,
@@ -39,23 +115,28 @@ def choose_ranks(layers: list[MoeLayer], config: Config) -> dict[tuple[str, str]
     return {(layer.name, projection): found[f"{layer.name}.{projection}"] for layer, projection in keys}
 
 
-def projections_budget(layers: list[MoeLayer], config: Config, uniform: dict[tuple[str, str], int]) -> int:
+def projections_budget(layers: list[MoeLayer], config: Config, uniform: Ranks) -> int:
     """The bytes that all cores and factors may take: the target, or what the ranks of `choose_ranks` cost.
 
     Args:
-        uniform: what `choose_ranks` found.
+        uniform: what `choose_ranks` found, which counts where there is no target.
     """
     settings = config.compression
     if settings.target_bytes is not None:
         return settings.target_bytes - _bias_bytes(layers, config)
-    shapes = [(layer, projection, shape) for layer in layers for projection, shape in layer.experts.projections.items()]
     if settings.target_ratio is not None:
-        original = sum(math.prod(shape) * layer.dtypes[name].itemsize for layer, name, shape in shapes)
-        return math.floor(Fraction(str(settings.target_ratio)) * original)
-    width = value_width(layers, config)
+        return math.floor(Fraction(str(settings.target_ratio)) * sum(map(_original_bytes, layers)))
+    width, cores = value_width(layers, config), fixed_cores(config)
     return sum(
-        projection_bytes(*shape, uniform[layer.name, name], settings.cores, width) for layer, name, shape in shapes
+        projection_bytes(*shape, uniform[layer.name, name], cores, width)
+        for layer in layers
+        for name, shape in layer.experts.projections.items()
     )
+
+
+def _original_bytes(layer: MoeLayer) -> int:
+    """Bytes of the projections of a layer as they are."""
+    return sum(math.prod(shape) * layer.dtypes[name].itemsize for name, shape in layer.experts.projections.items())
 
 
 def value_width(layers: list[MoeLayer], config: Config) -> int:

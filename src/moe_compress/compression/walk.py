@@ -8,6 +8,7 @@ out of a layer does not depend on where a run was interrupted.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -20,10 +21,12 @@ from moe_compress.compression.checkpoint import read_header, read_tensor
 from moe_compress.compression.layerwise import LayerwiseModel
 from moe_compress.compression.shards import Source, tensor_source, write_shard
 from moe_compress.errors import UserError
+from moe_compress.factorization import Factors
 from moe_compress.files import fingerprint
 from moe_compress.modeling import ExpertsModule
 from moe_compress.modeling.find import set_expert_weights
-from moe_compress.modeling.tensors import factors_from_tensors
+
+Parameters = tuple[Mapping[str, Factors], Mapping[str, Tensor]]  # factors by projection, biases by `<projection>_bias`
 
 
 class CalibrationWalk:
@@ -38,7 +41,7 @@ class CalibrationWalk:
     def run(
         self,
         done: Callable[[int], bool],
-        compressed: Callable[[int], Mapping[str, Tensor]],
+        compressed: Callable[[int], Parameters],
         progress: Callable[[int, int], None] = lambda *_: None,
     ) -> Iterator[int]:
         """Yield the index of each MoE layer that is not `done`, in order, once its matrices are on disk.
@@ -47,8 +50,7 @@ class CalibrationWalk:
 
         Args:
             done: whether a MoE layer needs no matrices (any more).
-            compressed: the stored tensors of a compressed MoE layer, by their names within the experts module; asked
-                for only with `calibration.sequential`.
+            compressed: the factors and biases of a compressed MoE layer; asked for only with `calibration.sequential`.
             progress: called with the decoder layers done and those to do.
         """
         self.calibration.directory.mkdir(parents=True, exist_ok=True)
@@ -86,19 +88,19 @@ class CalibrationWalk:
         collect: list[int],
         *,
         onward: bool,
-        compressed: Mapping[int, Mapping[str, Tensor]] | None = None,
+        compressed: Mapping[int, Parameters] | None = None,
     ) -> None:
         """Run all batches through one decoder layer.
 
         Args:
             collect: MoE layers in it whose matrices are collected and written.
             onward: whether the outputs are kept, as inputs of the next layer.
-            compressed: tensors to run its MoE layers with instead of the original ones.
+            compressed: what to run its MoE layers with instead of the original experts.
         """
         block = self.model.layer(number)
         modules = self.model.experts(block, number)
-        for index, tensors in (compressed or {}).items():
-            _put(modules[index], self.experts[index], tensors)
+        for index, parameters in (compressed or {}).items():
+            _put(modules[index], self.experts[index], parameters)
         sums = {index: LayerGrams.zeros(self.experts[index], self.model.device) for index in collect}
         with collect_into({modules[index]: layer for index, layer in sums.items()}, modules.values()):
             outputs = self._outputs(block, number)
@@ -164,13 +166,14 @@ def _name(batch: int) -> str:
     return f"batch-{batch:06d}"
 
 
-def _put(module: nn.Module, experts: ExpertsModule, tensors: Mapping[str, Tensor]) -> None:
-    """Write the product of compressed tensors into an experts module of the original class, bias and all."""
+def _put(module: nn.Module, experts: ExpertsModule, parameters: Parameters) -> None:
+    """Write the product of factors into an experts module of the original class, with the biases."""
+    factors, biases = parameters
+    for name, bias in biases.items():
+        getattr(module, name).copy_(bias)
     weights = {}
     for projection in experts.projections:
-        like = getattr(module, projection)
-        factors = factors_from_tensors(projection, {name: tensor.to(like.device) for name, tensor in tensors.items()})
-        weights[projection] = factors.materialize()
-        if experts.has_bias:
-            getattr(module, f"{projection}_bias").copy_(tensors[f"{projection}_bias"])
+        own, device = factors[projection], getattr(module, projection).device
+        moved = {name: tensor.to(device) for name, tensor in vars(own).items() if tensor is not None}
+        weights[projection] = replace(own, **moved).materialize()
     set_expert_weights(module, weights)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from moe_compress.compression.planning import Plan
 from moe_compress.compression.shards import disk_source, split_by_size, tensor_source, write_shard
 from moe_compress.compression.source import SourceModel
 from moe_compress.errors import UserError
+from moe_compress.factorization import Factors
 from moe_compress.files import fingerprint, write_json
 from moe_compress.modeling import SharedCoreConfig
-from moe_compress.modeling.tensors import Layout
+from moe_compress.modeling.tensors import Layout, factors_from_tensors
 
 SHARD_BYTES = 5_000_000_000  # of copied tensors
 _METADATA = "moe_compress"
@@ -33,11 +34,13 @@ class LayerRecord:
     """What is known of a written layer.
 
     Attributes:
-        errors: projection to `relative_error` and `data_error`.
+        layouts: what each projection became, see `SharedCoreConfig.layers`.
+        errors: see `LayerResult.errors`.
         load: tokens per expert in the calibration, or None.
     """
 
-    errors: dict[str, dict[str, float | None]]
+    layouts: dict[str, Layout]
+    errors: dict[str, dict[str, Any]]
     load: list[int] | None
 
 
@@ -65,20 +68,26 @@ class CheckpointWriter:
     def record(self, index: int, made_by: str) -> LayerRecord | None:
         """What is known of a layer if its shard is complete and was made by the settings `made_by`, else None."""
         facts = self._facts(self.layer_file(index), made_by)
-        return None if facts is None else LayerRecord(facts["errors"], facts["load"])
+        return None if facts is None else LayerRecord(facts["layouts"], facts["errors"], facts["load"])
 
     def write_layer(self, index: int, result: LayerResult, made_by: str) -> LayerRecord:
         """Write one compressed layer as one shard, atomically."""
-        facts = {"made_by": made_by, "layer": result.name, "errors": result.errors, "load": result.load}
+        record = LayerRecord(result.layouts, result.errors, result.load)
+        facts = {"made_by": made_by, "layer": result.name, **asdict(record)}
         sources = {name: tensor_source(tensor) for name, tensor in result.tensors().items()}
         write_shard(self.layer_file(index), sources, {_METADATA: json.dumps(facts)})
-        return LayerRecord(result.errors, result.load)
+        return record
 
-    def layer_tensors(self, index: int) -> dict[str, torch.Tensor]:
-        """Read a written layer back; the names are those within the experts module."""
+    def layer_parameters(self, index: int) -> tuple[dict[str, Factors], dict[str, torch.Tensor]]:
+        """Read a written layer back: the factors of each projection, and the biases by `<projection>_bias`."""
         prefix = f"{self.source.map.layers[index].name}."
-        entries = read_header(self.layer_file(index)).entries
-        return {name.removeprefix(prefix): read_tensor(entry) for name, entry in entries.items()}
+        header = read_header(self.layer_file(index))
+        tensors = {name.removeprefix(prefix): read_tensor(entry) for name, entry in header.entries.items()}
+        factors = {}
+        for projection, layout in json.loads(header.metadata[_METADATA])["layouts"].items():
+            groups = torch.tensor(layout["groups"]) if "groups" in layout else None
+            factors[projection] = factors_from_tensors(projection, tensors, groups)
+        return factors, {name: tensor for name, tensor in tensors.items() if name.endswith("_bias")}
 
     def copy_others(self, number: int) -> None:
         """Copy one of the groups `copied` of tensors outside the experts, byte for byte, unless it is there already.
@@ -94,8 +103,12 @@ class CheckpointWriter:
             sources = {name: disk_source(checkpoint, name, finite=name not in unused) for name in names}
             write_shard(self.copied_file(number), sources, {_METADATA: json.dumps({"made_by": made_by})})
 
-    def finish(self, plan: Plan) -> int:
+    def finish(self, plan: Plan, records: list[LayerRecord]) -> int:
         """Write the index, config.json and the small files; returns the bytes of all tensors.
+
+        Args:
+            plan: what was done.
+            records: of all layers.
 
         Raises:
             UserError: a tensor would be stored twice.
@@ -119,14 +132,11 @@ class CheckpointWriter:
             shutil.copyfile(self.source.path / side_file, self.directory / side_file)
         metadata = {"total_parameters": parameters, "total_size": size}
         write_json(self.directory / INDEX_FILE, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
-        write_json(self.directory / "config.json", self._config(plan))
+        write_json(self.directory / "config.json", self._config(plan, records))
         return size
 
-    def _config(self, plan: Plan) -> dict[str, Any]:
-        layers: dict[str, dict[str, Layout]] = {
-            layer.name: {p.name: {"delta_rank": p.delta_rank, "cores": p.cores} for p in layer.projections}
-            for layer in plan.layers
-        }
+    def _config(self, plan: Plan, records: list[LayerRecord]) -> dict[str, Any]:
+        layers = {layer.name: record.layouts for layer, record in zip(plan.layers, records, strict=True)}
         config = dict(self.source.raw_config)
         config["dtype"] = _dtype_name(self.source, config.pop("torch_dtype", None) or config.get("dtype"), plan)
         config["quantization_config"] = SharedCoreConfig(

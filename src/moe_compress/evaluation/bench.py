@@ -127,6 +127,7 @@ def bench_layers(
 def plan_layouts(experts: list[ExpertsModule], config: Config, dtype: torch.dtype) -> dict[str, LayerLayout]:
     """The ranks that the settings give, by module name and projection."""
     settings = config.compression
+    cores = settings.cores if isinstance(settings.cores, int) else 1  # auto is measured by compress only
     shapes = {(facts.name, name): shape for facts in experts for name, shape in facts.projections.items()}
     if settings.target_ratio is None and settings.target_bytes is None:
         if settings.rank is None:
@@ -137,16 +138,16 @@ def plan_layouts(experts: list[ExpertsModule], config: Config, dtype: torch.dtyp
             {f"{module}.{projection}": shape for (module, projection), shape in shapes.items()},
             target_bytes=settings.target_bytes,
             ratio=settings.target_ratio,
-            cores=settings.cores,
+            cores=cores,
             bytes_per_value=dtype.itemsize,
             rank_multiple=settings.rank_multiple,
             parameterization=settings.parameterization,
         )
     layouts: dict[str, LayerLayout] = {}
     for (module, projection), shape in shapes.items():
-        layout: Layout = {"delta_rank": ranks[f"{module}.{projection}"], "cores": settings.cores}
-        if settings.cores > 1:
-            layout["groups"] = [expert % settings.cores for expert in range(shape[0])]
+        layout: Layout = {"delta_rank": ranks[f"{module}.{projection}"], "cores": cores}
+        if cores > 1:
+            layout["groups"] = [expert % cores for expert in range(shape[0])]
         layouts.setdefault(module, {})[projection] = layout
     return layouts
 

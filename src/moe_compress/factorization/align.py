@@ -51,13 +51,22 @@ def permute_neurons(
     return permute_rows(gate_up, permutation, interleaved=interleaved, gates=gates), permute_columns(down, permutation)
 
 
-def align_neurons(gate_up: Tensor, down: Tensor, *, interleaved: bool, gates: int, rounds: int = 4) -> Tensor:
-    """Find the neuron order of each expert that makes the experts most alike.
+def align_neurons(
+    gate_up: Tensor,
+    down: Tensor,
+    *,
+    interleaved: bool,
+    gates: int,
+    rounds: int = 4,
+    groups: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> Tensor:
+    """Find the neuron order of each expert that makes the experts that share a core most alike.
 
     Maximizes the norm of the sum of the experts over permutations, which minimizes their squared distance to their
-    mean. Starting from the expert of the largest norm, each expert is matched to the sum of those matched before; then
-    each is matched to the sum of all others, for up to `rounds` rounds, none of which can make the result worse. When
-    the order found is no better than the given one, the given one is returned.
+    mean; with groups, the squared norms of the sums of all groups of both projections, each over its size. Starting
+    from the expert of the largest norm, each expert is matched to the sum of those matched before; then each is matched
+    to the sum of all others, for up to `rounds` rounds, none of which can make the result worse. When the order found
+    is no better than the given one, the given one is returned.
 
     Args:
         gate_up: [E, gates * I, H], any floating type.
@@ -65,6 +74,7 @@ def align_neurons(gate_up: Tensor, down: Tensor, *, interleaved: bool, gates: in
         interleaved: layout of the rows of gate_up, see `neuron_rows`.
         gates: rows of gate_up per neuron, 2 with a gate and 1 without.
         rounds: passes over the experts after the first; passes end when nothing changes.
+        groups: [E] for gate_up and for down, the core of each expert; None where all share one.
 
     Returns:
         Permutation [E, I] (int64, on the device of gate_up); new neuron i of expert e is old neuron result[e, i].
@@ -77,37 +87,54 @@ def align_neurons(gate_up: Tensor, down: Tensor, *, interleaved: bool, gates: in
     if down.shape != (experts, hidden, neurons):
         raise ValueError(f"gate_up {tuple(gate_up.shape)} and down {tuple(down.shape)} are not of the same experts")
 
-    def features(expert: int) -> Tensor:
-        """[I, (gates + 1) * H]: everything that belongs to each neuron."""
+    def features(expert: int) -> tuple[Tensor, Tensor]:
+        """Everything that belongs to each neuron, [I, gates * H] and [I, H]."""
         by_part = gate_up[expert].float()
         if interleaved:
             incoming = by_part.reshape(neurons, gates * hidden)
         else:
             incoming = by_part.reshape(gates, neurons, hidden).transpose(0, 1).reshape(neurons, gates * hidden)
-        return torch.cat([incoming, down[expert].float().mT], dim=1)
+        return incoming, down[expert].float().mT
 
-    def match(reference: Tensor, expert_features: Tensor) -> Tensor:
-        similarity = (reference @ expert_features.mT).cpu().numpy()
-        return torch.from_numpy(linear_sum_assignment(similarity, maximize=True)[1]).to(gate_up.device)
+    def add(totals: list[Tensor], expert: int, own: tuple[Tensor, Tensor], sign: int = 1) -> None:
+        for slot, part in zip(slots[expert], own, strict=True):
+            totals[slot] = totals[slot] + sign * part[permutation[expert]]
+
+    def match(expert: int, own: tuple[Tensor, Tensor]) -> Tensor:
+        similarity = sum(totals[slot] @ part.mT / sizes[slot] for slot, part in zip(slots[expert], own, strict=True))
+        assert isinstance(similarity, Tensor)
+        if not bool(similarity.any()):  # the first expert of its groups
+            return identity[expert]
+        return torch.from_numpy(linear_sum_assignment(similarity.cpu().numpy(), maximize=True)[1]).to(gate_up.device)
+
+    def energy(totals: list[Tensor]) -> float:
+        return sum(float(total.square().sum()) / size for total, size in zip(totals, sizes, strict=True))
+
+    # One sum of experts for each group of gate_up, then for each of down; an expert adds to one of each.
+    own_groups = [[0] * experts if group is None else group.tolist() for group in groups]
+    first_down = max(own_groups[0]) + 1
+    slots = [(up, first_down + down) for up, down in zip(*own_groups, strict=True)]
+    sizes = [sum(slot in pair for pair in slots) for slot in range(first_down + max(own_groups[1]) + 1)]
+    zero = torch.zeros((), device=gate_up.device)
+    given = [zero.expand(neurons, hidden * (gates if slot < first_down else 1)) for slot in range(len(sizes))]
+    totals = list(given)
 
     identity = torch.arange(neurons, device=gate_up.device).repeat(experts, 1)
     permutation = identity.clone()
     norms = gate_up.float().square().sum((1, 2)) + down.float().square().sum((1, 2))
     order = norms.argsort(descending=True, stable=True).tolist()
-    given = total = torch.zeros_like(features(order[0]))
-    for position, expert in enumerate(order):
+    for expert in order:
         own = features(expert)
-        given = given + own
-        if position:
-            permutation[expert] = match(total, own)
-        total = total + own[permutation[expert]]
+        add(given, expert, own)
+        permutation[expert] = match(expert, own)
+        add(totals, expert, own)
     for _ in range(rounds if experts > 1 else 0):
         before = permutation.clone()
         for expert in order:
             own = features(expert)
-            others = total - own[permutation[expert]]
-            permutation[expert] = match(others, own)
-            total = others + own[permutation[expert]]
+            add(totals, expert, own, sign=-1)
+            permutation[expert] = match(expert, own)
+            add(totals, expert, own)
         if torch.equal(before, permutation):
             break
-    return permutation if total.square().sum() > given.square().sum() else identity
+    return permutation if energy(totals) > energy(given) else identity

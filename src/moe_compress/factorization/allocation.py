@@ -18,6 +18,7 @@ from moe_compress.errors import UserError
 from moe_compress.factorization.budget import Shape, largest_rank, projection_bytes
 from moe_compress.factorization.closed_form import CoreSolver, squared_norm
 from moe_compress.factorization.grams import Metric, chunks
+from moe_compress.factorization.groups import group_experts
 
 
 @torch.no_grad()
@@ -29,7 +30,7 @@ def error_curve(weights: Tensor, *, cores: int, gram: Tensor | None = None) -> T
 
     Args:
         weights: [E, out, in], any floating type.
-        cores: 1 for a shared core, 0 for truncated SVD of each expert alone.
+        cores: 1 for a shared core, 0 for truncated SVD of each expert alone, more for groups of experts.
         gram: [E, in, in], already shrunk; with it the error is that of the outputs, see `Metric`.
 
     Returns:
@@ -37,9 +38,23 @@ def error_curve(weights: Tensor, *, cores: int, gram: Tensor | None = None) -> T
     """
     experts, rows, columns = weights.shape
     metric = Metric(None if gram is None else gram.detach().to(weights.device))
+    squares = torch.zeros(min(rows, columns), dtype=torch.float64)
+    if cores > 1:
+        groups = group_experts(weights, cores, metric.gram).to(weights.device)
+        for group in range(cores):
+            squares += _residual_squares(weights[groups == group], True, metric.select(groups == group))
+    else:
+        squares += _residual_squares(weights, bool(cores), metric)
+    tails = torch.cat([torch.zeros(1, dtype=torch.float64), squares.cumsum(0)])  # the smallest ones come first
+    return tails.flip(0) / squared_norm(weights, metric, list(chunks(experts, 4 * rows * columns)))
+
+
+def _residual_squares(weights: Tensor, with_core: bool, metric: Metric) -> Tensor:
+    """The squared singular values of what the core of some experts leaves, summed over them; ascending, fp64, CPU."""
+    experts, rows, columns = weights.shape
     parts = list(chunks(experts, 4 * rows * columns))
     core = None
-    if cores:
+    if with_core:
         solver = CoreSolver(weights, metric, parts)
         core = solver.solve(solver.moment).float()
     squares = torch.zeros(min(rows, columns), dtype=torch.float64)
@@ -48,8 +63,7 @@ def error_curve(weights: Tensor, *, cores: int, gram: Tensor | None = None) -> T
         whitened = metric.whiten(rest, part)
         small = whitened @ whitened.mT if rows <= columns else whitened.mT @ whitened
         squares += torch.linalg.eigvalsh(small).clamp_min(0).sum(0, dtype=torch.float64).cpu()
-    tails = torch.cat([torch.zeros(1, dtype=torch.float64), squares.cumsum(0)])  # the smallest ones come first
-    return tails.flip(0) / squared_norm(weights, metric, parts)
+    return squares
 
 
 def greedy_ranks(

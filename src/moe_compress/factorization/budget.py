@@ -61,6 +61,24 @@ def largest_rank(shape: Shape, *, cores: int, parameterization: str) -> int:
     return max(0, rank // unit * unit)
 
 
+def rank_within(
+    shape: Shape,
+    budget: int,
+    *,
+    cores: int,
+    bytes_per_value: int,
+    rank_multiple: int = 1,
+    parameterization: str = "delta",
+) -> int:
+    """The largest delta rank of one projection within a budget of bytes, rounded as in `uniform_ranks`; 0 if none."""
+    unit = _unit(parameterization)
+    multiple = math.lcm(max(1, rank_multiple), unit)
+    fixed = projection_bytes(*shape, 0, cores, bytes_per_value)
+    rank = (budget - fixed) // (projection_bytes(*shape, 1, cores, bytes_per_value) - fixed)
+    rank = max(0, min(rank, largest_rank(shape, cores=cores, parameterization=parameterization)))
+    return rank // multiple * multiple if rank >= multiple else rank // unit * unit
+
+
 def uniform_ranks(
     shapes: Mapping[str, Shape],
     *,
@@ -81,7 +99,7 @@ def uniform_ranks(
         shapes: (E, out, in) of each projection.
         target_bytes: bytes that all factors may take together; either this or `ratio`.
         ratio: the same, as a share of the bytes of the original experts.
-        cores: cores of each projection, 0 or 1.
+        cores: cores of each projection.
         bytes_per_value: of the stored factors.
         rank_multiple: see above; made even for wrappers.
         parameterization: "delta" or "wrapper" (even ranks only).
@@ -123,9 +141,14 @@ def uniform_ranks(
 
     ranks = {}
     for name in shapes:
-        step = cost(name, 1) - cost(name, 0)
-        rank = min(most[name], math.floor((share * original[name] - cost(name, 0)) / step))
-        ranks[name] = rank // multiple * multiple if rank >= multiple else rank // unit * unit
+        ranks[name] = rank_within(
+            shapes[name],
+            math.floor(share * original[name]),
+            cores=cores,
+            bytes_per_value=bytes_per_value,
+            rank_multiple=rank_multiple,
+            parameterization=parameterization,
+        )
     left = target - sum(cost(name, rank) for name, rank in ranks.items())
     while True:
         steps = {name: multiple if rank >= multiple else unit for name, rank in ranks.items()}

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_compress.errors import UserError
 from moe_compress.factorization.adam import fit_adam
-from moe_compress.factorization.closed_form import fit_delta
+from moe_compress.factorization.closed_form import fit_delta, squared_norm
 from moe_compress.factorization.closed_form_wrapper import fit_wrapper
-from moe_compress.factorization.factors import Factors
+from moe_compress.factorization.factors import Factors, merge_groups
 from moe_compress.factorization.grams import Metric, chunks
+from moe_compress.factorization.groups import group_experts
 
 PARAMETERIZATIONS = ("delta", "wrapper")
 
@@ -26,7 +28,7 @@ class FitSpec:
         method: a key of `METHODS`.
         parameterization: "delta" (core + A B) or "wrapper" ((I + U V^T) core (I + U V^T)).
         delta_rank: inner size R of the folded delta, at most min(out, in); a wrapper has rank R / 2 per side.
-        cores: 1 for a shared core, 0 for none (delta only).
+        cores: 1 for a shared core, 0 for none (delta only), more for groups of experts with a core each.
         iterations: alternations of the closed form.
         num_steps: Adam steps.
         lr: Adam learning rate, for weights scaled to unit mean square.
@@ -99,7 +101,7 @@ def _adam(weights: Tensor, spec: FitSpec, metric: Metric) -> tuple[Factors, list
 
 
 @torch.no_grad()
-def fit(weights: Tensor, spec: FitSpec, gram: Tensor | None = None) -> FitResult:
+def fit(weights: Tensor, spec: FitSpec, gram: Tensor | None = None, groups: Tensor | None = None) -> FitResult:
     """Factorize one projection of all experts of a layer.
 
     Args:
@@ -107,6 +109,7 @@ def fit(weights: Tensor, spec: FitSpec, gram: Tensor | None = None) -> FitResult
         spec: see `FitSpec`.
         gram: [E, in, in], sum of g^2 x x^T over the inputs of each expert (already shrunk, see `shrink_grams`); with
             it the error of the outputs is minimized rather than that of the weights.
+        groups: [E], which of several cores each expert gets; None lets `group_experts` choose.
 
     Raises:
         UserError: a setting is out of range, a rank above the dimensions, NaN or infinity in the weights.
@@ -115,8 +118,29 @@ def fit(weights: Tensor, spec: FitSpec, gram: Tensor | None = None) -> FitResult
     _check(weights, spec, gram)
     weights = weights.detach()
     metric = Metric(None if gram is None else gram.detach().to(weights.device))
-    factors, history = METHODS[spec.method](weights, spec, metric)
+    if spec.cores > 1:
+        groups = group_experts(weights, spec.cores, metric.gram) if groups is None else groups
+        factors, history = _fit_groups(weights, spec, metric, groups.to(weights.device))
+    else:
+        factors, history = METHODS[spec.method](weights, spec, metric)
     return _measure(weights, factors, history, gram)
+
+
+def _fit_groups(weights: Tensor, spec: FitSpec, metric: Metric, groups: Tensor) -> tuple[Factors, list[float]]:
+    """Fit the experts of each group [E] around a core of their own."""
+    parts: list[Any] = []
+    errors = torch.zeros(0)
+    norms = 0.0
+    for group in range(spec.cores):
+        mask = groups == group
+        own, own_metric = weights[mask], metric.select(mask)
+        factors, history = METHODS[spec.method](own, replace(spec, cores=1), own_metric)
+        norm = squared_norm(own, own_metric, list(chunks(len(own), 4 * own[0].numel())))
+        squares = norm * torch.tensor(history, dtype=torch.float64)
+        errors = squares if not parts else errors + squares
+        norms += norm
+        parts.append(factors)
+    return merge_groups(parts, groups), (errors / norms).tolist()
 
 
 def _check(weights: Tensor, spec: FitSpec, gram: Tensor | None) -> None:
@@ -129,8 +153,8 @@ def _check(weights: Tensor, spec: FitSpec, gram: Tensor | None) -> None:
         raise UserError(f"compression.method={spec.method}: choose one of {', '.join(sorted(METHODS))}")
     if spec.parameterization not in PARAMETERIZATIONS:
         raise UserError(f"compression.parameterization={spec.parameterization}: choose delta or wrapper")
-    if spec.cores not in (0, 1):
-        raise UserError(f"compression.cores={spec.cores}: choose 1 (shared core) or 0 (none)")
+    if not 0 <= spec.cores < max(2, experts):
+        raise UserError(f"compression.cores={spec.cores}: choose 1 (shared core), 0 (none), or less than {experts}")
     if spec.parameterization == "wrapper" and spec.cores == 0:
         raise UserError("compression.cores=0 has no core to wrap: choose compression.parameterization=delta")
     if spec.parameterization == "wrapper" and spec.delta_rank % 2:

@@ -70,6 +70,13 @@ class Metric:
         for expert in range(gram.shape[0]):
             self.gram[expert], self.root[expert] = _damped(gram[expert], float(diagonal.mean()))
 
+    def select(self, experts: Tensor) -> Metric:
+        """The same norm of some experts only, which a mask [E] tells."""
+        part = Metric()
+        if self.gram is not None and self.root is not None:
+            part.gram, part.root = self.gram[experts], self.root[experts]
+        return part
+
     def whiten(self, matrix: Tensor, experts: slice) -> Tensor:
         """matrix [e, n, in] of the given experts times root: its Frobenius norm is the norm of the metric."""
         return matrix if self.root is None else matrix @ self.root[experts]

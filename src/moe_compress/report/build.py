@@ -241,8 +241,11 @@ def routing(data: RunData) -> Section:
 def _method(compression: dict[str, Any]) -> str:
     layers = compression["layers"]
     projections = next(iter(layers.values()))["projections"]
-    cores = {facts["cores"] for facts in projections.values()}
-    how = "one shared core and a low-rank delta per expert" if cores == {1} else "low-rank factors per expert"
+    cores = sorted({facts["cores"] for layer in layers.values() for facts in layer["projections"].values()})
+    words = {0: "no core", 1: "one shared core"}
+    how = f"{' or '.join(words.get(number, f'{number} cores') for number in cores)} and a low-rank delta per expert"
+    if cores == [0]:
+        how = "low-rank factors per expert"
     fitted = "weighed by calibration data" if compression.get("calibrated") else "on the weights alone"
     names = " and ".join(projections)
     return (
