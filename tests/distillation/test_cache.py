@@ -16,13 +16,15 @@ import torch
 from torch.utils.data import DataLoader
 
 from moe_compress.config import Config
-from moe_compress.data import packed_dataset
-from moe_compress.distillation import TeacherCache, generate, generate_teacher_logits
+from moe_compress.data import rows_in_memory
+from moe_compress.distillation import TeacherCache, filling, generate_teacher_logits
 from moe_compress.distillation.data import collate
-from moe_compress.distillation.encoders import TopKEncoder, token_dtype
+from moe_compress.distillation.encoders import TopKEncoder
 from moe_compress.distillation.fingerprints import teacher_fingerprint, tokenizer_fingerprint
 from moe_compress.distillation.generate import fill_cache
-from moe_compress.distillation.teachers import expected_header, load_teacher, vocabulary_size
+from moe_compress.distillation.records import token_dtype
+from moe_compress.distillation.teachers import expected_header, load_teacher
+from moe_compress.distillation.verify import verify_cache
 from moe_compress.errors import UserError
 from moe_compress.files import sha256_of_file
 from moe_compress.modeling import load_tokenizer
@@ -36,8 +38,7 @@ def content(directory: Path) -> dict[str, str]:
 
 
 def expected(config: Config) -> dict[str, Any]:
-    tokenizer = load_tokenizer(config.model.name)
-    return expected_header(config, tokenizer, vocabulary_size(Path(config.model.name), config))
+    return expected_header(config, load_tokenizer(config.model.name))
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_round_trip_holds_the_tokens_and_the_teachers_top_k(
     run = make_run()
     generate_teacher_logits(run)
     config = run.config
-    rows = packed_dataset(config.distillation.dataset, load_tokenizer(config.model.name), config.seed)
+    rows = rows_in_memory(config.distillation.dataset, load_tokenizer(config.model.name), config.seed)
     cache = TeacherCache(run.teacher_logits_dir, expected(config))
     assert len(cache) == len(rows) == 22
     assert len(cache.files) == 5 and cache.files[-1].rows == 2
@@ -68,7 +69,6 @@ def test_round_trip_holds_the_tokens_and_the_teachers_top_k(
         assert torch.equal(found.indices, indices)
         torch.testing.assert_close(found.logits, top, atol=5e-3, rtol=1e-3)
         torch.testing.assert_close(found.logsumexp, logits.logsumexp(-1))
-    assert cache.verify() == []
     size = sum(path.stat().st_size for path in run.teacher_logits_dir.glob("*.h5"))
     assert f"{size / (22 * LENGTH):.1f} bytes per token" in capsys.readouterr().out
     assert run.finished("teacher-logits")
@@ -131,10 +131,14 @@ def test_other_teacher_tokenizer_and_vocabulary_are_refused(
     config.model.name = str(other_words)
     with pytest.raises(UserError, match="tokenizer is '"):
         TeacherCache(tmp_path / "cache", {**good, "tokenizer": expected(config)["tokenizer"]})
-    with pytest.raises(UserError, match="vocab_size is 97 in the cache but 98 "):
-        TeacherCache(tmp_path / "cache", {**good, "vocab_size": 98})
-    with pytest.raises(UserError, match="format_version"):
-        TeacherCache(tmp_path / "cache", {**good, "format_version": 2})
+    with pytest.raises(UserError, match="sequence_length is 16 in the cache but 17 "):
+        TeacherCache(tmp_path / "cache", {**good, "sequence_length": 17})
+    with pytest.raises(UserError, match="encoder is 'topk' in the cache but 'sample' "):
+        TeacherCache(tmp_path / "cache", {**good, "encoder": "sample"})
+    manifest = tmp_path / "cache" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format_version": 2', '"format_version": 1'))
+    with pytest.raises(UserError, match="format_version is 1 in the cache but 2 is expected"):
+        TeacherCache(tmp_path / "cache")
 
 
 def test_teacher_fingerprint_tells_weights_apart_and_survives_a_move(teacher_dir: Path, tmp_path: Path) -> None:
@@ -172,21 +176,21 @@ def test_an_interrupted_generation_resumes_to_the_same_set(
     if moment.startswith("while"):
         encode, calls = TopKEncoder.encode, iter(range(100))
 
-        def dies(self: TopKEncoder, logits: torch.Tensor) -> dict[str, np.ndarray]:
-            if next(calls) == 5:  # two batches a file
+        def dies(self: TopKEncoder, logits: torch.Tensor, sequence: int) -> dict[str, np.ndarray]:
+            if next(calls) == 13:  # five sequences a file
                 raise Killed
-            return encode(self, logits)
+            return encode(self, logits, sequence)
 
         monkeypatch.setattr(TopKEncoder, "encode", dies)
     else:
-        write_part = generate.write_part
+        write_part = filling.write_part
 
         def dies_before(path: Path, header: Any, files: Any) -> None:
             if len(list(files)) == 3:
                 raise Killed
             write_part(path, header, files)
 
-        monkeypatch.setattr(generate, "write_part", dies_before)
+        monkeypatch.setattr(filling, "write_part", dies_before)
     with pytest.raises(Killed):
         fill_cache(config, broken)
     monkeypatch.undo()
@@ -254,7 +258,8 @@ def test_a_missing_cut_or_damaged_file_is_named_and_made_again(config: Config, t
     middle = chunk.byte_offset + chunk.size // 2
     victim.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
     damaged = TeacherCache(cache)
-    assert damaged.verify() == ["logits-000002.h5"]
+    with pytest.raises(UserError, match=r"1 of 5 files are damaged: logits-000002.h5 has another checksum"):
+        verify_cache(cache, config, sequences=0)
     assert damaged[12]["log_probs"].shape == (LENGTH, 8)
     with pytest.raises(UserError, match=r"logits-000002.h5 is damaged"):
         damaged[13]

@@ -54,6 +54,12 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "type": Path,
         "help": "new directory for the result (default: reference-model, or inspection of `inspect`)",
     },
+    "--sequences": {
+        "metavar": "N",
+        "type": int,
+        "default": 8,
+        "help": "sequences on which `cache verify` asks the teacher again (default 8; 0 checks the files alone)",
+    },
     "--yaml": {"action": "store_true", "help": "print the settings as they would be frozen in config.yaml"},
 }
 
@@ -194,6 +200,28 @@ def _settings(options: argparse.Namespace) -> None:
     print(pages.setting_list(config, wanted))
 
 
+def _cache(options: argparse.Namespace) -> None:
+    action, *rest = options.settings or [""]
+    if action not in ("info", "verify") or options.sequences < 0:
+        raise UserError("cache needs `info` or `verify`, and a directory or run=RUN; see: moe-compress cache --help")
+    named = Path(rest.pop(0)) if rest and "=" not in rest[0] else None
+    options.settings = rest
+    config = _composed(options)
+    if named is None and config.run is None:
+        raise UserError(f"cache {action} needs a cache directory, or run=RUN")
+    directory = named or Run(run_path(config), config).teacher_logits_dir
+    _use_gpus(config)
+    from moe_compress.distillation import verify
+
+    if action == "info":
+        verify.show_cache(directory)
+        return
+    if config.run is None:
+        chosen, assignments = settings.parse_overrides(rest)
+        verify.teacher_as_recorded(config, directory, given={*chosen, *(assignment.key for assignment in assignments)})
+    verify.verify_cache(directory, config, sequences=options.sequences)
+
+
 def _name_model(options: argparse.Namespace) -> None:
     """Take a first argument that is no key=value for the model: `plan MODEL` is `plan model=MODEL`."""
     first = options.settings[0] if options.settings else ""
@@ -256,6 +284,16 @@ COMMANDS: dict[str, Command] = {
         reads=lambda key: (
             key in ("run", "gpu_ids", "seed") or key.startswith(("model.", "compression.", "evaluation."))
         ),
+    ),
+    "cache": Command(
+        "say what a teacher cache holds; check its files, and some sequences against the teacher",
+        _cache,
+        flags=("--sequences", "--config"),
+        reads=lambda key: (
+            key in ("run", "gpu_ids")
+            or (key.startswith(("model.", "distillation.teacher.")) and "generation" not in key)
+        ),
+        usage="info|verify run=RUN | DIR",
     ),
     "reference": Command(
         "train the reference MoE that ships with the package", _reference, flags=("--output",), usage="train"

@@ -1,6 +1,6 @@
-"""Text for calibration, distillation and evaluation: documents from any source, packed to rows of fixed length."""
+"""Text for calibration, distillation and evaluation: documents from any source, as rows of token ids."""
 
-from moe_compress.data.packing import packed_dataset
+from moe_compress.data.packing import Row, packed_dataset, read_rows, rows_in_memory
 from moe_compress.data.sources import load_documents
 
-__all__ = ["load_documents", "packed_dataset"]
+__all__ = ["Row", "load_documents", "packed_dataset", "read_rows", "rows_in_memory"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import numpy as np
 from moe_compress.files import fingerprint
 
 _SAMPLE_BYTES = 2**20
-_ROWS_PER_READ = 1024
 
 # Text on which tokenizers that share a vocabulary but not their rules differ: spaces, digits, case, code, scripts.
 _PROBE = (
@@ -54,10 +54,11 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     )
 
 
-def rows_fingerprint(dataset: Any) -> str:
-    """A hash of every token id of a packed data set (column `input_ids`)."""
+def rows_fingerprint(rows: Iterable[Mapping[str, Any]]) -> str:
+    """A hash of what a model reads of rows: token ids, document numbers, and which tokens are labels."""
     digest = hashlib.sha256()
-    for start in range(0, len(dataset), _ROWS_PER_READ):
-        rows = dataset[start : start + _ROWS_PER_READ]["input_ids"]
-        digest.update(np.asarray(rows, dtype="<u4").tobytes())
+    for row in rows:
+        for name in ("input_ids", "documents", "labelled"):
+            array = np.asarray(row[name], dtype="<u4")
+            digest.update(len(array).to_bytes(8, "little") + array.tobytes())
     return digest.hexdigest()[:16]

@@ -1,49 +1,45 @@
 """Filling the teacher cache: the stage `teacher-logits`, by one worker or many, resumable at every file.
 
-The data is divided into files of `sequences_per_file` consecutive sequences, and the files into contiguous ranges, one
-for each worker. So the set of files is the same for any number of workers, and what a killed worker finished counts
-even if it is restarted with another number of workers.
+The rows of the data set are divided into files of `sequences_per_file` consecutive ones. Of a data set in memory each
+worker writes a contiguous range of files. A stream passes through every worker, which holds one file's rows at a time
+and writes each N-th file. So the set of files is the same for any number of workers, and what a killed worker finished
+counts even if it is restarted with another number of workers.
 """
 
 from __future__ import annotations
 
-import fcntl
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Mapping
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from moe_compress.config import Config, GenerationConfig
-from moe_compress.data import packed_dataset
+from moe_compress.data import read_rows, rows_in_memory
+from moe_compress.data.chat import chat_template
 from moe_compress.distillation.encoders import make_encoder
+from moe_compress.distillation.filling import finished_files, locked, numbered_parts, write_parts
 from moe_compress.distillation.fingerprints import rows_fingerprint
-from moe_compress.distillation.manifest import (
-    MANIFEST,
-    CacheFile,
-    Header,
-    check_header,
-    listed_files,
-    part_name,
-    read_manifest,
-    read_part,
-    write_manifest,
-    write_part,
+from moe_compress.distillation.manifest import MANIFEST, Header, part_name, read_manifest, summary
+from moe_compress.distillation.teachers import (
+    common_vocabulary,
+    expected_header,
+    input_device,
+    load_spread_teacher,
+    teacher_path,
+    vocabulary_size,
 )
-from moe_compress.distillation.teachers import expected_header, load_teacher, teacher_path, vocabulary_size
-from moe_compress.distillation.writer import write_file
 from moe_compress.errors import UserError
-from moe_compress.modeling import load_tokenizer
+from moe_compress.files import fingerprint
+from moe_compress.modeling import load_tokenizer, resolve_model_path
 
 if TYPE_CHECKING:
     from moe_compress.run import Run
-
-Forward = Callable[[Tensor], Tensor]
 
 
 def generate_teacher_logits(run: Run) -> None:
@@ -59,126 +55,96 @@ def generate_teacher_logits(run: Run) -> None:
     directory = run.teacher_logits_dir
     with run.stage("teacher-logits"):
         fill_cache(config, directory)
+        _wait_for_ranks()  # rank 0 says for all that the stage is finished
     if (directory / MANIFEST).exists():
         header, files = read_manifest(directory)
-        run.record("teacher-logits", path=str(directory), **_summary(header, files))
+        run.record("teacher-logits", path=str(directory), teacher=header["teacher"], **summary(files))
 
 
 def fill_cache(config: Config, directory: Path) -> None:
     """Write this worker's part of a cache to `directory`: what `generate_teacher_logits` does, without a run."""
-    settings = config.distillation.teacher.generation
+    settings, dataset = config.distillation.teacher.generation, config.distillation.dataset
     _check(settings)
     source = teacher_path(config)
     tokenizer = load_tokenizer(str(source), trust_remote_code=config.model.trust_remote_code)
-    dataset = packed_dataset(config.distillation.dataset, tokenizer, config.seed)
-
-    @cache  # loaded only if there is something to write
-    def teacher() -> Any:
-        return load_teacher(config, "cuda" if torch.cuda.is_available() else "cpu").eval()
-
-    vocab_size = vocabulary_size(source, config)
-    header: Header = expected_header(config, tokenizer, vocab_size) | {
-        "dtype": "float16",
-        "num_sequences": len(dataset),
+    width = vocabulary_size(source, config)
+    student = vocabulary_size(resolve_model_path(config.model.name, config.model.revision), config)
+    header: Header = expected_header(config, tokenizer) | {
+        "vocab_size": common_vocabulary(width, student, tokenizer),
         "sequences_per_file": settings.sequences_per_file,
         "compression": settings.compression,
-        "content": rows_fingerprint(dataset),
     }
     make_encoder(header)  # refuses a top_k that does not fit before anything is written
+    if dataset.messages_column is not None:
+        header["chat_template"] = fingerprint(chat_template(tokenizer))
+    rows = None
+    if not dataset.streaming:
+        rows = rows_in_memory(dataset, tokenizer, config.seed)
+        header |= {"num_sequences": len(rows), "content": rows_fingerprint(rows)}
     directory.mkdir(parents=True, exist_ok=True)
-    with _lock(directory):
-        done = _finished(directory, header, settings)
+    with locked(directory):
+        done = finished_files(directory, header, settings)
     if (directory / MANIFEST).exists():
         print(f"teacher logits: {directory} is complete already")
         return
 
+    @cache  # loaded only if there is something to write
+    def teacher() -> Any:
+        return load_spread_teacher(config)
+
     @torch.no_grad()
-    def forward(input_ids: Tensor) -> Tensor:
+    def forward(inputs: Mapping[str, Tensor]) -> Tensor:
         model = teacher()
-        logits: Tensor = model(input_ids=input_ids.to(model.device), use_cache=False).logits
-        if logits.shape[-1] != vocab_size:
+        device = input_device(model)
+        logits: Tensor = model(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False).logits
+        if logits.shape[-1] != width:
             raise UserError(
-                f"the teacher at {source} gives {logits.shape[-1]} logits but its config says vocab_size={vocab_size}"
+                f"the teacher at {source} gives {logits.shape[-1]} logits but its config says vocab_size={width}"
             )
-        return logits
+        return logits[..., : header["vocab_size"]]
 
-    write_range(directory, header, settings, dataset, forward, done)
-
-
-def write_range(
-    directory: Path,
-    header: Header,
-    settings: GenerationConfig,
-    dataset: Any,
-    forward: Forward,
-    done: dict[str, CacheFile],
-) -> None:
-    """Write the files of this worker's range that are not `done`, and complete the cache if they were the last.
-
-    Args:
-        directory: the cache, existing.
-        header: what every part of it is made from.
-        settings: worker, batch size.
-        dataset: rows of token ids, column `input_ids`.
-        forward: int64 `[n, length]` to logits `[n, length, vocabulary]`.
-        done: files finished already, by name.
-    """
-    encoder = make_encoder(header)
-    per_file, length = header["sequences_per_file"], header["sequence_length"]
-    total = -(-len(dataset) // per_file)
-    worker, workers = settings.worker_id, settings.total_workers
-    mine = range(worker * total // workers, (worker + 1) * total // workers)
-    part = directory / part_name(worker, workers)
-    listed = {file.name: file for file in read_part(part)[1]} if part.exists() else {}
-    listed = {name: file for name, file in listed.items() if name in done}
-    sequences = sum(min(per_file, len(dataset) - number * per_file) for number in mine)
-    label = f"teacher logits {worker + 1}/{workers}" if workers > 1 else "teacher logits"
-    with tqdm(total=sequences, desc=label, unit="seq", dynamic_ncols=True, mininterval=1) as bar:
-        for number in mine:
-            start = number * per_file
-            rows = min(per_file, len(dataset) - start)
-            name = f"logits-{number:06d}.h5"
-            if name in done:
-                bar.update(rows)
-                continue
-
-            def batches(start: int = start, rows: int = rows) -> Iterator[dict[str, np.ndarray]]:
-                for first in range(start, start + rows, settings.batch_size):
-                    ids = np.asarray(dataset[first : min(first + settings.batch_size, start + rows)]["input_ids"])
-                    yield {"input_ids": ids, **encoder.encode(forward(torch.from_numpy(ids).long()))}
-                    bar.update(len(ids))
-
-            listed[name] = write_file(
-                directory / name,
-                start=start,
-                rows=rows,
-                length=length,
-                encoder=encoder,
-                vocab_size=header["vocab_size"],
-                compression=header["compression"],
-                batches=batches(),
-            )
-            write_part(part, header, listed.values())
-    if not part.exists():
-        write_part(part, header, [])
-    files = listed_files(directory, header)
-    if len(files) == total:
-        write_manifest(directory, header, files.values())
-        for leftover in directory.glob(".logits-*.tmp"):  # of killed writers: nobody is writing any more
-            leftover.unlink(missing_ok=True)
-        summary = _summary(header, list(files.values()))
-        print(
-            f"teacher logits: {summary['tokens']:,} tokens in {summary['bytes'] / 1e6:.1f} MB, "
-            f"{summary['bytes_per_token']:.1f} bytes per token, in {directory}"
-        )
+    worker, workers = _worker(settings)
+    parts = numbered_parts(read_rows(dataset, tokenizer, config.seed) if rows is None else iter(rows), header)
+    if rows is None:
+        mine: Callable[[int], bool] = lambda number: number % workers == worker  # noqa: E731
+        expected = dataset.max_samples
     else:
-        print(f"teacher logits: {len(files)} of {total} files are written; the other workers have the rest")
+        total = -(-len(rows) // header["sequences_per_file"])
+        mine = range(worker * total // workers, (worker + 1) * total // workers).__contains__
+        expected = len(rows)
+    bar = tqdm(
+        total=expected and -(-expected // workers),
+        desc=f"teacher logits {worker + 1}/{workers}" if workers > 1 else "teacher logits",
+        unit="seq",
+        dynamic_ncols=True,
+        mininterval=1,
+    )
+    with bar:
+        write_parts(
+            directory,
+            directory / part_name(worker, workers),
+            header,
+            settings.batch_size,
+            parts,
+            mine,
+            forward,
+            done,
+            bar,
+        )
 
 
-def _summary(header: Header, files: list[CacheFile]) -> dict[str, Any]:
-    size = sum(file.bytes for file in files)
-    tokens = header["num_sequences"] * header["sequence_length"]
-    return {"tokens": tokens, "bytes": size, "bytes_per_token": round(size / tokens, 2), "teacher": header["teacher"]}
+def _worker(settings: GenerationConfig) -> tuple[int, int]:
+    """Number of this worker and how many there are: as set, and under torchrun every rank is one."""
+    ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    return settings.worker_id * ranks + rank, settings.total_workers * ranks
+
+
+def _wait_for_ranks() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # gloo, because it needs no GPU; torchrun ends the ranks that wait if one fails.
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def _check(settings: GenerationConfig) -> None:
@@ -193,42 +159,3 @@ def _check(settings: GenerationConfig) -> None:
             raise UserError(f"{group}.{name}={getattr(settings, name)} must be at least 1")
     if settings.compression not in ("gzip", "lzf", "none"):
         raise UserError(f"{group}.compression={settings.compression} must be gzip, lzf or none")
-
-
-def _finished(directory: Path, header: Header, settings: GenerationConfig) -> dict[str, CacheFile]:
-    """The files that count as done, after removing what `force_regenerate` or damage makes void."""
-    manifest = directory / MANIFEST
-    if settings.force_regenerate and _is_void(directory, header):
-        _wipe(directory)
-    files = listed_files(directory, header)
-    if manifest.exists():
-        have, entries = read_manifest(directory)
-        check_header(have, header, directory)
-        if any(entry.name not in files for entry in entries):
-            manifest.unlink()  # a file was deleted or cut: the cache is to be completed again
-    return files
-
-
-def _is_void(directory: Path, header: Header) -> bool:
-    """Whether a forced run starts anew: the cache is complete or foreign. An unfinished one goes on."""
-    if (directory / MANIFEST).exists():
-        return True
-    try:
-        listed_files(directory, header)
-    except UserError:
-        return True
-    return False
-
-
-def _wipe(directory: Path) -> None:
-    for pattern in (MANIFEST, "part-*.json", "logits-*.h5"):
-        for path in directory.glob(pattern):
-            path.unlink()
-
-
-@contextmanager
-def _lock(directory: Path) -> Iterator[None]:
-    """Let one worker at a time look at and clear the directory."""
-    with (directory / ".lock").open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield

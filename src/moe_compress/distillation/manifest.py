@@ -16,23 +16,25 @@ from moe_compress.config import DatasetConfig
 from moe_compress.errors import UserError
 from moe_compress.files import write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 
 Header = dict[str, Any]
 
-# Said of the cache for people, but not compared: the fingerprint beside it is.
-_INFORMATIVE = {"teacher_name"}
+# Said of the cache for people and for `cache verify`, but not compared: the fingerprint is.
+_INFORMATIVE = {"teacher_name", "teacher_dtype"}
 
 
 @dataclass(frozen=True)
 class CacheFile:
-    """One HDF5 file of the cache: sequences `start` to `start + rows` of the whole."""
+    """One HDF5 file of the cache: sequences `start` to `start + rows` of the whole; `content` hashes their ids."""
 
     name: str
     start: int
     rows: int
+    tokens: int
     bytes: int
+    content: str
     sha256: str
 
 
@@ -42,6 +44,12 @@ def dataset_settings(dataset: DatasetConfig, seed: int) -> dict[str, Any]:
     if not dataset.streaming:
         settings.pop("shuffle_buffer")
     return {**settings, "seed": seed}
+
+
+def dataset_words(settings: Mapping[str, Any]) -> str:
+    """`dataset_settings` in words, without what is not set."""
+    shown = [f"{key}={value}" for key, value in settings.items() if value not in (None, False) and key != "name"]
+    return ", ".join([settings["name"], *shown])
 
 
 def _flat(header: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -71,7 +79,8 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version = content["header"]["format_version"]
-        content["files"] = [CacheFile(**entry) for entry in content["files"]]
+        if version == FORMAT_VERSION:
+            content["files"] = [CacheFile(**entry) for entry in content["files"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"teacher cache: {path} cannot be read ({error}); delete it and make the cache again"
@@ -121,21 +130,23 @@ def listed_files(directory: Path, header: Header) -> dict[str, CacheFile]:
     return found
 
 
+def summary(files: Iterable[CacheFile]) -> dict[str, Any]:
+    """Sequences, tokens, bytes and bytes per token of some files."""
+    files = list(files)
+    size, tokens = sum(file.bytes for file in files), sum(file.tokens for file in files)
+    return {
+        "sequences": sum(file.rows for file in files),
+        "tokens": tokens,
+        "bytes": size,
+        "bytes_per_token": round(size / max(tokens, 1), 2),
+    }
+
+
 def write_manifest(directory: Path, header: Header, files: Iterable[CacheFile]) -> None:
     """Declare the cache complete."""
     files = sorted(files, key=lambda file: file.start)
-    size = sum(file.bytes for file in files)
-    tokens = header["num_sequences"] * header["sequence_length"]
-    write_json(
-        directory / MANIFEST,
-        {
-            "header": header,
-            "tokens": tokens,
-            "bytes": size,
-            "bytes_per_token": round(size / tokens, 2),
-            "files": [asdict(file) for file in files],
-        },
-    )
+    listed = [asdict(file) for file in files]
+    write_json(directory / MANIFEST, {"header": header, **summary(files), "files": listed})
 
 
 def read_manifest(directory: Path) -> tuple[Header, list[CacheFile]]:

@@ -19,7 +19,7 @@ from rich.console import Console
 from transformers import TrainingArguments
 
 from moe_compress.config import Config
-from moe_compress.data import packed_dataset
+from moe_compress.data import rows_in_memory
 from moe_compress.distillation.checkpoints import TRAINING_STATE, load_master_weights, stored_dtypes
 from moe_compress.distillation.data import TrainingOrder, collate
 from moe_compress.distillation.fingerprints import tokenizer_fingerprint
@@ -30,6 +30,7 @@ from moe_compress.distillation.teachers import (
     CachedTeacher,
     LiveTeacher,
     TeacherSource,
+    common_vocabulary,
     expected_header,
     load_teacher,
     teacher_path,
@@ -224,25 +225,18 @@ def _data_and_teacher(run: Run) -> tuple[Any, TeacherSource | None]:
     tokenizer = load_tokenizer(str(run.checkpoint(0)), trust_remote_code=config.model.trust_remote_code)
     vocab_size = vocabulary_size(run.checkpoint(0), config)
     if settings.teacher.use_cached_logits and needed:
-        cache = TeacherCache(run.teacher_logits_dir, expected_header(config, tokenizer, vocab_size))
-        return cache, CachedTeacher(cache.encoder)
-    dataset = packed_dataset(settings.dataset, tokenizer, config.seed)
+        cache = TeacherCache(run.teacher_logits_dir, expected_header(config, tokenizer))
+        return cache, CachedTeacher(cache.encoder, common_vocabulary(cache.vocab_size, vocab_size, tokenizer))
+    rows = rows_in_memory(settings.dataset, tokenizer, config.seed)
     if not needed:
-        return dataset, None
-    _check_live_teacher(config, tokenizer, vocab_size)
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    return dataset, LiveTeacher(load_teacher(config, device))
-
-
-def _check_live_teacher(config: Config, tokenizer: Any, vocab_size: int) -> None:
-    """Refuse a teacher that does not speak the student's language; a cache says so in its manifest."""
+        return rows, None
     path = teacher_path(config)
-    other = vocabulary_size(path, config)
-    if other != vocab_size:
-        raise UserError(f"teacher {path} has a vocabulary of {other} tokens, but the student one of {vocab_size}")
     teachers = load_tokenizer(str(path), trust_remote_code=config.model.trust_remote_code)
     if tokenizer_fingerprint(teachers) != tokenizer_fingerprint(tokenizer):
         raise UserError(f"teacher {path} has another tokenizer than the student; it cannot teach it token by token")
+    shared = common_vocabulary(vocabulary_size(path, config), vocab_size, tokenizer)
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    return rows, LiveTeacher(load_teacher(config, device), shared)
 
 
 def _forget_lines_after(log: Path, step: int) -> None:

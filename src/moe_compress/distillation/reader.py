@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 
 from moe_compress.distillation.encoders import make_encoder
 from moe_compress.distillation.manifest import check_header, read_manifest
-from moe_compress.errors import UserError
-from moe_compress.files import sha256_of_file
+from moe_compress.distillation.records import AXES, OFFSETS, Record, spread, text_fields
+from moe_compress.errors import UserError, first_line
 
 # Files kept open by one process.
 _OPEN_FILES = 32
@@ -25,8 +25,9 @@ _OPEN_FILES = 32
 class TeacherCache(Dataset[dict[str, np.ndarray]]):
     """The records of a cache by global sequence index.
 
-    An item holds `input_ids` `[length]` and the encoder's fields `[length, ...]`. Files are opened on first use in each
-    process, so that the object may be handed to DataLoader workers.
+    An item holds `input_ids`, `documents` and `labelled` `[length]` and the encoder's fields `[length, ...]`, which are
+    zero where nothing is to be learned. Files are opened on first use in each process, so that the object may be handed
+    to DataLoader workers.
 
     Args:
         directory: the cache.
@@ -41,6 +42,7 @@ class TeacherCache(Dataset[dict[str, np.ndarray]]):
         self.header, self.files = read_manifest(directory)
         check_header(self.header, expected or {}, directory)
         self.encoder = make_encoder(self.header)
+        self._fields = {**text_fields(self.vocab_size, self.header["sequence_length"]), **self.encoder.fields()}
         for file in self.files:
             path = directory / file.name
             size = path.stat().st_size if path.is_file() else None
@@ -58,21 +60,27 @@ class TeacherCache(Dataset[dict[str, np.ndarray]]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = bisect_right(self._starts, index) - 1
-        row = index - self._starts[number]
         try:
-            return {name: array[row] for name, array in self._arrays(number).items()}
-        except (OSError, RuntimeError, KeyError) as error:
+            return self._record(self._arrays(number), index - self._starts[number])
+        except (OSError, RuntimeError, KeyError, ValueError, IndexError, TypeError) as error:
             path = self.directory / self.files[number].name
             raise UserError(
-                f"teacher cache: {path} is damaged ({error}); delete it and run `moe-compress teacher-logits`"
+                f"teacher cache: {path} is damaged ({first_line(error)}); delete it and run `moe-compress "
+                "teacher-logits`"
             ) from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}
 
-    def verify(self) -> list[str]:
-        """Names of the files whose content differs from the checksum in the manifest."""
-        return [file.name for file in self.files if sha256_of_file(self.directory / file.name) != file.sha256]
+    @property
+    def vocab_size(self) -> int:
+        """Ids that the teacher's distributions cover."""
+        return int(self.header["vocab_size"])
+
+    def _record(self, arrays: dict[str, h5py.Dataset], row: int) -> Record:
+        starts, ends = arrays[OFFSETS][row : row + 2]
+        places = {axis: slice(int(start), int(end)) for axis, start, end in zip(AXES, starts, ends, strict=True)}
+        return spread(self._fields, lambda name, axis: arrays[name][places[axis]])
 
     def _arrays(self, number: int) -> dict[str, h5py.Dataset]:
         if self._process != os.getpid():

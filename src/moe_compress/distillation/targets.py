@@ -100,7 +100,7 @@ class SparseTargets(_Targets):
 class SampledTargets(_Targets):
     """Random draws from the teacher's distribution q at `temperature` (random-sampling KD, arXiv 2503.16870).
 
-    The expectation over the draws of the weight that `at` gives to each id is its probability exactly, and so the expected
+    The expectation over the draws of the weight that `at` gives to each id is its probability exactly. So the expected
     gradient of the loss is that of the dense cross-entropy, whatever the number of draws.
 
     Attributes:

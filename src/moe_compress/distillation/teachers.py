@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,10 +12,11 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from moe_compress.config import Config
-from moe_compress.distillation.encoders import Encoder
+from moe_compress.distillation.encoders import Encoder, encoder_settings
 from moe_compress.distillation.fingerprints import teacher_fingerprint, tokenizer_fingerprint
 from moe_compress.distillation.manifest import FORMAT_VERSION, Header, dataset_settings
 from moe_compress.distillation.targets import DenseTargets, TeacherTargets
+from moe_compress.errors import UserError
 from moe_compress.modeling import load_model, resolve_model_path
 
 
@@ -27,26 +29,29 @@ class TeacherSource(Protocol):
 
 
 class CachedTeacher:
-    """Targets from the records of a `TeacherCache`."""
+    """Targets from the records of a `TeacherCache`, over the first `vocab_size` ids."""
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: Encoder, vocab_size: int) -> None:
         self.encoder = encoder
+        self.vocab_size = vocab_size
 
     def __call__(self, inputs: Mapping[str, Tensor], record: Mapping[str, Tensor] | None) -> TeacherTargets:
         if record is None:
             raise ValueError("a cached teacher needs the batch's record")
-        return self.encoder.decode(record)
+        targets = self.encoder.decode(record)
+        return targets.cut(self.vocab_size) if self.vocab_size < self.encoder.vocab_size else targets
 
 
 class LiveTeacher:
-    """Targets from a model that runs beside the student."""
+    """Targets from a model that runs beside the student, over the first `vocab_size` ids."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, vocab_size: int) -> None:
         self.model = model.eval().requires_grad_(False)
+        self.vocab_size = vocab_size
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Tensor], record: Mapping[str, Tensor] | None) -> TeacherTargets:
-        return DenseTargets(self.model(**inputs, use_cache=False).logits)
+        return DenseTargets(self.model(**inputs, use_cache=False).logits).cut(self.vocab_size)
 
 
 def teacher_path(config: Config) -> Path:
@@ -61,6 +66,26 @@ def vocabulary_size(checkpoint: Path, config: Config) -> int:
     return int(loaded.get_text_config().vocab_size)
 
 
+def common_vocabulary(teacher: int, student: int, tokenizer: Any) -> int:
+    """The ids that teacher and student are compared on, where their vocabularies may be padded to different sizes.
+
+    Args:
+        teacher: width of the teacher's logits.
+        student: width of the student's.
+        tokenizer: the one they share.
+
+    Raises:
+        UserError: they differ in ids that the tokenizer uses.
+    """
+    used = max(tokenizer.get_vocab().values()) + 1
+    if teacher != student and min(teacher, student) < used:
+        raise UserError(
+            f"the teacher has a vocabulary of {teacher} tokens and the student one of {student}, but the tokenizer "
+            f"uses {used}: only unused padding may differ; use models of the same tokenizer"
+        )
+    return min(teacher, student)
+
+
 def load_teacher(config: Config, device: str | torch.device) -> Any:
     """The teacher as a model on `device`, in `model.dtype`."""
     return load_model(
@@ -71,24 +96,54 @@ def load_teacher(config: Config, device: str | torch.device) -> Any:
     )
 
 
-def expected_header(config: Config, tokenizer: Any, vocab_size: int) -> Header:
-    """What the cache of a run must have been made from.
+def load_spread_teacher(config: Config) -> Any:
+    """The teacher for writing logits: on this process's device, or spread by accelerate as `device_map` says."""
+    teacher = config.distillation.teacher
+    if teacher.device_map is None:
+        rank = os.environ.get("LOCAL_RANK", "0")
+        return load_teacher(config, f"cuda:{rank}" if torch.cuda.is_available() else "cpu")
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "distillation.teacher.device_map spreads the teacher of one process over all GPUs: instead of torchrun use "
+            "GPUS_PER_WORKER with scripts/generate_teacher_logits_parallel.sh"
+        )
+    memory = {int(device) if device.isdecimal() else device: size for device, size in teacher.max_memory.items()}
+    return load_model(
+        str(teacher_path(config)),
+        dtype=config.model.dtype,
+        trust_remote_code=config.model.trust_remote_code,
+        device_map=teacher.device_map,
+        max_memory=memory or None,
+        offload_folder=teacher.offload_folder,
+    )
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model takes its inputs and leaves its logits: its device, or the first accelerator it is spread over."""
+    places = getattr(model, "hf_device_map", None)
+    if not places:
+        return torch.device(model.device)
+    for place in places.values():
+        if str(place) not in ("cpu", "disk"):
+            return torch.device(place)
+    return torch.device("cpu")
+
+
+def expected_header(config: Config, tokenizer: Any) -> Header:
+    """What the cache of a run must have been made from, but for the vocabulary, which may be padded differently.
 
     Args:
         config: the settings of the run.
         tokenizer: the tokenizer of the student.
-        vocab_size: the width of the student's logits.
     """
     distillation = config.distillation
-    path = teacher_path(config)
     return {
         "format_version": FORMAT_VERSION,
         "teacher_name": distillation.teacher.model_path or config.model.name,
-        "teacher": teacher_fingerprint(path),
+        "teacher_dtype": config.model.dtype,
+        "teacher": teacher_fingerprint(teacher_path(config)),
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "vocab_size": vocab_size,
         "sequence_length": distillation.dataset.max_length,
-        "encoder": "topk",
-        "top_k": distillation.teacher.generation.top_k,
+        **encoder_settings(distillation.teacher.generation, config.seed),
         "dataset": dataset_settings(distillation.dataset, config.seed),
     }

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from moe_compress.data.packing import pack
+from moe_compress.data.documents import text_documents
+from moe_compress.data.packing import joined
 from moe_compress.reference.data import Split, stdlib_documents
 
 END_OF_TEXT = "<|endoftext|>"
@@ -85,8 +87,8 @@ def packed_ids(tokenizer: Any, split: Split, length: int, seed: int = 42) -> tor
     """All documents of a split, shuffled, joined by end-of-text and cut to rows: int64 `[rows, length]`."""
     documents = list(stdlib_documents(split))
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
-    rows = list(pack((documents[i] for i in order), tokenizer, length))
-    return torch.tensor(rows, dtype=torch.int64).view(len(rows), length)
+    rows = joined(text_documents((documents[i] for i in order), tokenizer), length)
+    return torch.from_numpy(np.array([row["input_ids"] for row in rows], dtype=np.int64)).view(-1, length)
 
 
 class _Rows(torch.utils.data.Dataset):
