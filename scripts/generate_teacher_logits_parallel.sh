@@ -4,7 +4,7 @@
 #   scripts/generate_teacher_logits_parallel.sh N [key=value ...]
 #
 # GPUS="0 1 2 3"      GPUs to divide among the workers (default: leave CUDA_VISIBLE_DEVICES as it is)
-# GPUS_PER_WORKER=1   GPUs of each worker
+# GPUS_PER_WORKER=1   GPUs of each worker; with several the teacher is spread over them (device_map=auto)
 # LOG_DIR=DIR         logs, one per worker (default: RUN/logs where run=RUN is given, else logs)
 # PYTHON=python       interpreter
 #
@@ -51,10 +51,15 @@ trap end_all EXIT
 trap 'end_all; exit 130' INT
 trap 'end_all; exit 143' TERM
 
+spread=()
+if ((per_worker > 1)) && [[ " $*" != *" distillation.teacher.device_map="* ]]; then
+    spread=("distillation.teacher.device_map=auto")
+fi
+
 for ((i = 0; i < workers; i++)); do
-    mine=()
+    mine=(${spread[@]+"${spread[@]}"})
     if ((${#gpus[@]} > 0)); then
-        mine=("gpu_ids=[]") # the settings of the run must not give every worker the same GPUs
+        mine+=("gpu_ids=[]") # the settings of the run must not give every worker the same GPUs
         export CUDA_VISIBLE_DEVICES
         CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${gpus[*]:i*per_worker:per_worker}")
     fi

@@ -305,9 +305,18 @@ def test_parallel_workers_share_the_work(worker: Path) -> None:
         arguments = (out / f"arguments-{index}").read_text()
         assert "scripts/generate_teacher_logits.py" in arguments and f"run={out}/a run seed=1" in arguments
         assert f"generation.worker_id={index} " in arguments and "generation.total_workers=2" in arguments
-        assert "gpu_ids=[]" in arguments
+        assert "gpu_ids=[]" in arguments and "distillation.teacher.device_map=auto" in arguments
         assert (out / "a run" / "logs" / f"teacher-logits-{index}.log").exists()
     assert [(out / f"gpus-{index}").read_text() for index in range(2)] == ["4,5\n", "6,7\n"]
+
+
+def test_parallel_workers_leave_the_spreading_of_the_teacher_to_the_user(worker: Path) -> None:
+    device_map = "distillation.teacher.device_map"
+    for given, per_worker, found in ((f"{device_map}=balanced", "2", f"{device_map}=balanced"), ("seed=1", "1", None)):
+        result = parallel(worker, "1", f"run={worker.parent}/run", given, GPUS="0 1", GPUS_PER_WORKER=per_worker)
+        assert result.returncode == 0, result.stderr
+        words = (worker.parent / "arguments-0").read_text().split()
+        assert [word for word in words if device_map in word] == ([found] if found else [])
 
 
 def test_a_failing_worker_ends_the_others(worker: Path) -> None:

@@ -266,6 +266,8 @@ def _assign(node: DictConfig, key: str, value: Any) -> None:
                 raise UserError(f"{key}.{index} is a group of settings and cannot be {show(item)}")
             for name in item:
                 lookup(f"{key}.{index}.{name}")
+    if isinstance(value, dict) and is_mapping(info.type):
+        value = {str(name): item for name, item in value.items()}  # YAML reads the name 0 as a number
     _check_index(node, key)
     parent, _, child = key.rpartition(".")
     in_mapping = bool(parent) and is_mapping(lookup(parent).type)

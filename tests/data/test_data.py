@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from moe_compress.config import DatasetConfig
-from moe_compress.data import load_documents, packed_dataset
+from moe_compress.data import load_documents, packed_dataset, read_rows, rows_in_memory
 from moe_compress.errors import UserError
 
 
@@ -80,3 +80,33 @@ def test_unknown_file_type(tmp_path):
 def test_too_little_text(lines, tokenizer):
     with pytest.raises(UserError, match="fewer than max_length=1000"):
         packed_dataset(DatasetConfig(name=lines, max_length=1000), tokenizer, seed=0)
+
+
+def test_document_numbers_follow_the_documents(lines, tokenizer):
+    rows = list(read_rows(DatasetConfig(name=lines, max_length=10), tokenizer, seed=0))
+    assert [row["documents"].tolist() for row in rows[:2]] == [[0] * 4 + [1] * 4 + [2] * 2, [0] * 2 + [1] * 4 + [2] * 4]
+    assert all(row["labelled"].all() for row in rows)
+
+
+def test_an_isolated_document_does_not_learn_its_first_token(lines, tokenizer):
+    rows = list(read_rows(DatasetConfig(name=lines, max_length=10, packing="isolate"), tokenizer, seed=0))
+    assert [place for place in range(10) if not rows[0]["labelled"][place]] == [4, 8]
+    assert [place for place in range(10) if not rows[1]["labelled"][place]] == [2, 6]
+
+
+def test_truncated_rows_hold_one_document_each_and_no_padding(tmp_path, tokenizer):
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": " ".join(["7"] * n)}) + "\n" for n in (1, 3, 9)))
+    rows = list(read_rows(DatasetConfig(name=str(path), max_length=6, packing="truncate"), tokenizer, seed=0))
+    assert sorted(row["input_ids"].tolist() for row in rows) == [[9, 0], [9, 9, 9, 0], [9] * 6]
+    assert all(not row["documents"].any() and row["labelled"].all() for row in rows)
+
+
+def test_calibration_and_evaluation_want_full_rows(lines, tokenizer):
+    with pytest.raises(UserError, match="packing=truncate is for distillation"):
+        packed_dataset(DatasetConfig(name=lines, max_length=8, packing="truncate"), tokenizer, seed=0)
+
+
+def test_a_stream_is_not_held_without_a_limit(lines, tokenizer):
+    with pytest.raises(UserError, match="is a stream: set max_samples"):
+        rows_in_memory(DatasetConfig(name=lines, max_length=8, streaming=True), tokenizer, seed=0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from moe_compress.files import fingerprint
+from moe_compress.modeling.checkpoint import read_config
 
 _SAMPLE_BYTES = 2**20
 
@@ -26,7 +26,7 @@ def teacher_fingerprint(path: Path) -> str:
 
     Sampling keeps it instant for models of any size, and tells a retrained model from its predecessor.
     """
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config = read_config(path)
     for volatile in ("transformers_version", "_name_or_path", "use_cache"):
         config.pop(volatile, None)
     weights = []

@@ -125,7 +125,7 @@ def input_device(model: Any) -> torch.device:
         return torch.device(model.device)
     for place in places.values():
         if str(place) not in ("cpu", "disk"):
-            return torch.device(place)
+            return torch.device(f"cuda:{place}" if isinstance(place, int) else place)
     return torch.device("cpu")
 
 
