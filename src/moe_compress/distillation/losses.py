@@ -137,7 +137,10 @@ def distillation_loss(
         ce = cross_entropy(chunk, shifted.index_select(0, index), reduction="sum")
         if flat is None:
             return ce_weight * ce, ce, torch.zeros_like(ce)
-        kl = kl_divergence(chunk[:, : flat.vocab_size], flat.rows(index), temperature, tail).sum()
+        chosen = flat.rows(index)
+        if chosen.vocab_size is not None and chosen.vocab_size > chunk.shape[-1]:
+            chosen = chosen.cut(chunk.shape[-1])
+        kl = kl_divergence(chunk[:, : chosen.vocab_size], chosen, temperature, tail).sum()
         return ce_weight * ce + kl_weight * kl, ce, kl
 
     loss, ce, kl = _Chunked.apply(logits.flatten(0, 1), rows, losses)

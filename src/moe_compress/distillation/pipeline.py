@@ -226,7 +226,8 @@ def _data_and_teacher(run: Run) -> tuple[Any, TeacherSource | None]:
     vocab_size = vocabulary_size(run.checkpoint(0), config)
     if settings.teacher.use_cached_logits and needed:
         cache = TeacherCache(run.teacher_logits_dir, expected_header(config, tokenizer))
-        return cache, CachedTeacher(cache.encoder, common_vocabulary(cache.vocab_size, vocab_size, tokenizer))
+        common_vocabulary(cache.vocab_size, vocab_size, tokenizer)
+        return cache, CachedTeacher(cache.encoder)
     rows = rows_in_memory(settings.dataset, tokenizer, config.seed)
     if not needed:
         return rows, None
@@ -234,9 +235,9 @@ def _data_and_teacher(run: Run) -> tuple[Any, TeacherSource | None]:
     teachers = load_tokenizer(str(path), trust_remote_code=config.model.trust_remote_code)
     if tokenizer_fingerprint(teachers) != tokenizer_fingerprint(tokenizer):
         raise UserError(f"teacher {path} has another tokenizer than the student; it cannot teach it token by token")
-    shared = common_vocabulary(vocabulary_size(path, config), vocab_size, tokenizer)
+    common_vocabulary(vocabulary_size(path, config), vocab_size, tokenizer)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    return rows, LiveTeacher(load_teacher(config, device), shared)
+    return rows, LiveTeacher(load_teacher(config, device))
 
 
 def _forget_lines_after(log: Path, step: int) -> None:

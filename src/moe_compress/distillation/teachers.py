@@ -29,29 +29,26 @@ class TeacherSource(Protocol):
 
 
 class CachedTeacher:
-    """Targets from the records of a `TeacherCache`, over the first `vocab_size` ids."""
+    """Targets from the records of a `TeacherCache`."""
 
-    def __init__(self, encoder: Encoder, vocab_size: int) -> None:
+    def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
-        self.vocab_size = vocab_size
 
     def __call__(self, inputs: Mapping[str, Tensor], record: Mapping[str, Tensor] | None) -> TeacherTargets:
         if record is None:
             raise ValueError("a cached teacher needs the batch's record")
-        targets = self.encoder.decode(record)
-        return targets.cut(self.vocab_size) if self.vocab_size < self.encoder.vocab_size else targets
+        return self.encoder.decode(record)
 
 
 class LiveTeacher:
-    """Targets from a model that runs beside the student, over the first `vocab_size` ids."""
+    """Targets from a model that runs beside the student."""
 
-    def __init__(self, model: Any, vocab_size: int) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.vocab_size = vocab_size
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Tensor], record: Mapping[str, Tensor] | None) -> TeacherTargets:
-        return DenseTargets(self.model(**inputs, use_cache=False).logits).cut(self.vocab_size)
+        return DenseTargets(self.model(**inputs, use_cache=False).logits)
 
 
 def teacher_path(config: Config) -> Path:
