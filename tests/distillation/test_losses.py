@@ -201,7 +201,7 @@ def test_cross_entropy_alone_without_a_teacher() -> None:
 def test_encoder_keeps_the_largest_logits_and_the_tail(seed: int, top_k: int, scale: float) -> None:
     teacher = logits(seed, scale)
     encoder = TopKEncoder(top_k=top_k, vocab_size=VOCABULARY)
-    record = encoder.encode(teacher)
+    record = encoder.encode(teacher, 0)
     assert {name: (array.shape, array.dtype) for name, array in record.items()} == {
         name: ((BATCH, LENGTH, *field.shape), field.dtype) for name, field in encoder.fields().items()
     }
