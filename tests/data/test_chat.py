@@ -26,6 +26,12 @@ REASONING = (
     "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' and loop.last %}<think>\n{% endif %}"
     "{{ m.content }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+# Earlier answers also lose the reasoning that is written in them.
+THINKING = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}"
+    "{{ m.content if loop.last else m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}<|end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 # Says how many messages there are: no beginning of a conversation looks like the conversation.
 COUNTING = "{{ messages|length }}:{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
 
@@ -71,6 +77,11 @@ def test_a_template_that_marks_answers_is_believed():
 
 def test_a_template_that_shortens_earlier_answers():
     assert learned(REASONING)[0] == ["uno<|end|>\n", "<think>\ndue<|end|>\n"]
+
+
+def test_a_template_that_takes_the_reasoning_out_of_earlier_answers():
+    thought = [{**m, "content": f"why</think>{m['content']}"} if m["role"] == "assistant" else m for m in CHAT]
+    assert learned(THINKING, thought)[0] == ["uno<|end|>\n", "why</think>due<|end|>\n"]
 
 
 def test_unmasked_prompts_are_learned_too():

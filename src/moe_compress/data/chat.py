@@ -13,6 +13,8 @@ from moe_compress.data.documents import Document
 from moe_compress.errors import UserError, first_line
 
 _CONVERSATIONS_PER_BATCH = 64
+# Of which no answer is likely to begin or end.
+_OTHER_CONTENT = "\u2588"
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
 
 Message = dict[str, Any]
@@ -83,8 +85,8 @@ def chat_template(tokenizer: Any) -> str:
 def assistant_spans(messages: Sequence[Message], text: str, render: Callable[..., str]) -> list[tuple[int, int]]:
     """Where in the rendered `text` the assistant's turns are, as characters `[start, end)`.
 
-    Templates may render a turn otherwise when more follow (reasoning is left out of earlier turns): the end is then
-    that of the content, and what follows it both alone and in the whole.
+    Templates may render a turn otherwise when more follow (reasoning is left out of earlier turns). Then what follows
+    the content, alone and in the whole, is found by putting another content in its place.
 
     Raises:
         UserError: a turn cannot be found.
@@ -93,22 +95,29 @@ def assistant_spans(messages: Sequence[Message], text: str, render: Callable[...
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        content = _text(message)
-        before = render(messages[:number], add_generation_prompt=True) if number else text[: text.find(content)]
+        changed = [*messages[:number], {**message, "content": _OTHER_CONTENT}, *messages[number + 1 :]]
+        if number:
+            before = render(messages[:number], add_generation_prompt=True)
+        else:
+            before = text[: _same(text, render(changed))]
         alone = render(messages[: number + 1])
-        start, end = len(before), len(alone)
+        end = len(alone)
         if not text.startswith(alone):
-            place, there = text.find(content, start), alone.rfind(content)
-            after = zip(text[place + len(content) :], alone[there + len(content) :], strict=False)
-            same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], after))
-            end = place + len(content) + same if min(place, there) >= 0 else -1
-        if not text.startswith(before) or end < start:
+            behind = _same(text[::-1], render(changed)[::-1])
+            ending = _same(alone[::-1], render(changed[: number + 1])[::-1])
+            end = len(text) - behind + ending
+        if not text.startswith(before) or end < len(before):
             raise UserError(
                 "the chat template rewrites earlier turns, so that answers cannot be told from prompts; use one with "
                 "{% generation %}, or set mask_prompts=false to train on whole conversations"
             )
-        spans.append((start, end))
+        spans.append((len(before), end))
     return spans
+
+
+def _same(one: str, other: str) -> int:
+    """How many characters two texts have in common at their beginning."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _clean(messages: Sequence[Message]) -> list[Message]:
@@ -120,13 +129,6 @@ def _clean(messages: Sequence[Message]) -> list[Message]:
         kept = {key: value for key, value in message.items() if value is not None}
         cleaned.append({"content": "", **kept})
     return cleaned
-
-
-def _text(message: Message) -> str:
-    content = message["content"]
-    if isinstance(content, str):
-        return content.strip()
-    return "".join(part.get("text") or "" for part in content).strip()
 
 
 def _ids(values: Any) -> np.ndarray:
