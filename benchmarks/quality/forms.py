@@ -53,6 +53,29 @@ class LowRank(Form):
         return torch.baddbmm(self.core.expand(len(self.delta_out), -1, -1), self.delta_out, self.delta_in)
 
 
+class Ragged(Form):
+    """`delta_out_e delta_in_e` of a rank of its own for each expert: `[sum R, out]`, `[sum R, in]`, ranks `[E]`."""
+
+    ranks: Tensor
+    slots: Tensor
+
+    def __init__(self, delta_out: Tensor, delta_in: Tensor, ranks: Tensor) -> None:
+        super().__init__()
+        self.delta_out, self.delta_in = nn.Parameter(delta_out), nn.Parameter(delta_in)
+        self.register_buffer("ranks", ranks.to(torch.int16))
+        starts = ranks.cumsum(0) - ranks
+        slots = starts[:, None] + torch.arange(int(ranks.max()))
+        # Which row of the factors is in which place of a padded expert; one past the last is a row of zeros.
+        self.slots = slots.masked_fill(slots >= (starts + ranks)[:, None], len(delta_in))
+
+    def forward(self) -> Tensor:
+        delta_out, delta_in = (
+            torch.cat([factor, factor.new_zeros(1, factor.shape[1])])[self.slots]
+            for factor in (self.delta_out, self.delta_in)
+        )
+        return delta_out.mT @ delta_in
+
+
 class Bases(Form):
     """MoBE: `A_e f(sum_j a_ej B_j)`, f = SiLU; transposed for `down_proj`.
 

@@ -13,6 +13,7 @@ from benchmarks.quality.calibration import collect_layers
 from benchmarks.quality.forms import Bases, FormExperts, Merged, expert_bytes
 from benchmarks.quality.methods import METHODS, Task
 from benchmarks.quality.methods.d2moe import diagonal_fisher, merged_base
+from benchmarks.quality.methods.fisher import Whitened, best_ranks, fisher_factors
 from benchmarks.quality.methods.merging import clusters, groups_by_router, merge
 from benchmarks.quality.methods.mobe import best_bases, inner_size
 from benchmarks.quality.methods.pruning import saliency
@@ -212,3 +213,27 @@ def test_merged_experts_weigh_members_by_frequency(shared):
     expected = (layer.weights["down_proj"][:2] * counts[:2, None, None]).sum(0) / counts[:2].sum()
     torch.testing.assert_close(form.weight[0], expected)
     assert isinstance(form, Merged) and torch.equal(form()[0], form()[1])
+
+
+def test_fisher_values_are_the_errors_of_truncation_in_its_norm(shared):
+    layer = shared["layers"][0]
+    inputs, outputs = fisher_factors(layer)["down_proj"]
+    weight = layer.weights["down_proj"]
+    whitened = Whitened(weight, inputs, outputs)
+    ranks = torch.tensor([0, 1, 2, 3, 4, 5, 16, 8])
+    form = whitened.factors(ranks)
+    assert len(form.delta_in) == int(ranks.sum())
+    difference = (weight - form()).double()
+    torch.testing.assert_close(form()[6], weight[6], atol=1e-4, rtol=1e-4)
+    error = (outputs @ difference @ inputs * difference).sum((1, 2)) / 2
+    left = torch.stack([values[rank:].sum() for values, rank in zip(whitened.values, ranks, strict=True)])
+    assert ((error <= left * 1.001) & (error > 0.5 * left))[:6].all()  # less by what the damping added
+    plain = low_rank(weight, 2, gram=layer.grams("down_proj"))()[2].double()
+    worse = (outputs[2] @ (weight[2] - plain) @ inputs[2] * (weight[2] - plain)).sum() / 2
+    assert error[2] < worse
+
+
+def test_ranks_go_where_they_keep_most_for_their_price():
+    values = {"a": torch.tensor([[9.0, 5.0, 1.0], [4.0, 3.0, 0.5]]), "b": torch.tensor([[12.0, 2.0, 0.1]])}
+    found = best_ranks(values, {"a": 1, "b": 2}, budget=6)
+    assert found["a"].tolist() == [2, 2] and found["b"].tolist() == [1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.quality.methods import d2moe, merging, mobe, pruning, svd  # noqa: F401  (they register)
+from benchmarks.quality.methods import d2moe, fisher, merging, mobe, pruning, svd  # noqa: F401  (they register)
 from benchmarks.quality.methods.base import METHODS, Method, Task
 
 __all__ = ["METHODS", "Method", "Task"]
