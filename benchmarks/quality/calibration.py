@@ -6,6 +6,7 @@ small models of this benchmark; a large one needs the streaming sums of the prod
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,20 +93,25 @@ class Layer:
             (above,) = torch.autograd.grad(hidden, inner, below @ self.weights["down_proj"][expert])
         return {self.up_name: (inputs, above), "down_proj": (hidden.detach(), below)}
 
-    def grams(self, projection: str, gate_power: int = 0) -> Tensor:
-        """[E, in, in]: sum of g^gate_power x x^T over the tokens of each expert."""
-        key = projection, gate_power
+    def kept(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made once."""
         if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
+
+    def grams(self, projection: str) -> Tensor:
+        """[E, in, in]: sum of x x^T over the tokens of each expert."""
+
+        def make() -> Tensor:
             found = []
             for expert in range(self.num_experts):
-                tokens, gates = self.routed(expert)
-                inputs = self.inputs[tokens]
+                inputs = self.inputs[self.routed(expert)[0]]
                 if projection == "down_proj":
                     inputs = self.activate(inputs @ self.weights[self.up_name][expert].mT)
-                scaled = inputs * gates[:, None].pow(gate_power / 2)
-                found.append(scaled.mT @ scaled)
-            self._cache[key] = torch.stack(found)
-        return self._cache[key]
+                found.append(inputs.mT @ inputs)
+            return torch.stack(found)
+
+        return self.kept(("grams", projection), make)
 
 
 @torch.enable_grad()

@@ -54,14 +54,19 @@ class LowRank(Form):
 
 
 class Ragged(Form):
-    """`delta_out_e delta_in_e` of a rank of its own for each expert: `[sum R, out]`, `[sum R, in]`, ranks `[E]`."""
+    """`delta_out_e delta_in_e` of a rank of its own for each expert: `[sum R, out]`, `[sum R, in]`, ranks `[E]`.
+
+    With a `basis` `[s, in]` that all experts share, `delta_in` is `[sum R, s]` and the weights are
+    `delta_out_e delta_in_e basis`.
+    """
 
     ranks: Tensor
     slots: Tensor
 
-    def __init__(self, delta_out: Tensor, delta_in: Tensor, ranks: Tensor) -> None:
+    def __init__(self, delta_out: Tensor, delta_in: Tensor, ranks: Tensor, basis: Tensor | None = None) -> None:
         super().__init__()
         self.delta_out, self.delta_in = nn.Parameter(delta_out), nn.Parameter(delta_in)
+        self.basis = None if basis is None else nn.Parameter(basis)
         self.register_buffer("ranks", ranks.to(torch.int16))
         starts = ranks.cumsum(0) - ranks
         slots = starts[:, None] + torch.arange(int(ranks.max()))
@@ -73,6 +78,8 @@ class Ragged(Form):
             torch.cat([factor, factor.new_zeros(1, factor.shape[1])])[self.slots]
             for factor in (self.delta_out, self.delta_in)
         )
+        if self.basis is not None:
+            delta_in = delta_in @ self.basis
         return delta_out.mT @ delta_in
 
 

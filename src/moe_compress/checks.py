@@ -136,6 +136,15 @@ def check_values(config: Config) -> None:
         raise UserError("no size is set: give compression.rank, compression.target_ratio or compression.target_bytes")
     if compression.target_ratio is not None and compression.target_bytes is not None:
         raise UserError("compression.target_ratio and compression.target_bytes are both set; set one of them to null")
+    calibration = compression.calibration
+    if calibration.fisher:
+        key = "compression.calibration.fisher=true"
+        if not calibration.enabled or calibration.sequential:
+            raise UserError(
+                f"{key} needs compression.calibration.enabled=true and compression.calibration.sequential=false"
+            )
+        if compression.parameterization == "wrapper":
+            raise UserError(f"{key} is not for wrappers; set compression.parameterization=delta")
     if generation.worker_id >= generation.total_workers:
         raise UserError(
             f"distillation.teacher.generation.worker_id={generation.worker_id} must be below "

@@ -64,6 +64,11 @@ class CalibrationConfig:
     sequential: bool = setting(
         False, "Later layers see the outputs of the layers already compressed; fits one layer after another."
     )
+    fisher: bool = setting(
+        False,
+        "Also weigh outputs by the Fisher information, so that errors count by what they do to predictions; takes a "
+        "backward pass with the whole model in memory, and compression.parameterization=delta.",
+    )
     dataset: DatasetConfig = setting(lambda: DatasetConfig(max_samples=64), "Text to calibrate on.")
 
 

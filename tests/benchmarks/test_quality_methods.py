@@ -237,3 +237,19 @@ def test_ranks_go_where_they_keep_most_for_their_price():
     values = {"a": torch.tensor([[9.0, 5.0, 1.0], [4.0, 3.0, 0.5]]), "b": torch.tensor([[12.0, 2.0, 0.1]])}
     found = best_ranks(values, {"a": 1, "b": 2}, budget=6)
     assert found["a"].tolist() == [2, 2] and found["b"].tolist() == [1]
+
+
+@pytest.mark.parametrize("name", ["down_proj", "gate_up_proj"])
+def test_a_shared_basis_of_full_size_loses_nothing_and_a_smaller_one_what_it_says(name, shared):
+    layer = shared["layers"][0]
+    inputs, outputs = fisher_factors(layer)[name]
+    weight = layer.weights[name]
+    full = Whitened(weight, inputs, outputs, weight.shape[2])
+    plain = Whitened(weight, inputs, outputs)
+    torch.testing.assert_close(full.values[:, : plain.values.shape[1]], plain.values, rtol=1e-4, atol=1e-12)
+    small = Whitened(weight, inputs, outputs, 10)
+    form = small.factors(torch.full((8,), 10))
+    assert form.basis.shape == (10, weight.shape[2]) and form.delta_in.shape == (80, 10)
+    difference = small.root_out.mT @ (weight - form()).double() @ small.root_in
+    assert float(difference.square().sum() / 2) == pytest.approx(small.lost, rel=1e-3)
+    assert small.price == weight.shape[1] + 10 and small.fixed == 10 * weight.shape[2]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from moe_compress.checks import check_values
 from moe_compress.compression import allocate, compress
 from moe_compress.compression.allocate import allocate_ranks
 from moe_compress.compression.plan_table import print_plan
@@ -101,3 +102,37 @@ def test_the_plan_says_that_ranks_are_not_final(uneven: Path, settings: Settings
     chosen = {(layer.name, p): (Choice(1, 2),) for layer in source.map.layers for p in layer.experts.projections}
     print_plan(make_plan(source, config, chosen), Console(file=final, width=200))
     assert "upper limit" not in final.getvalue()
+
+
+def test_with_fisher_information_ranks_go_where_the_predictions_need_them(
+    make_model: Callable[..., Any], tokenizer: Any, settings: Settings, tmp_path: Path
+) -> None:
+    model = make_model("olmoe")
+    first, second = (found.module for found in find_experts(model))
+    with torch.no_grad():
+        first.down_proj.mul_(1e-3)  # as hard to approximate as ever, but of no account for the predictions
+        second.down_proj.mul_(4.0)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    changes = {"target_ratio": 0.4, "rank_multiple": 1, "cores": 0, "alignment": "none"}
+    found = {}
+    for name, fisher, allocation in (
+        ("even", True, "uniform"),
+        ("weights", False, "greedy"),
+        ("fisher", True, "greedy"),
+    ):
+        config = settings(tmp_path / "model", calibrate=True, allocation=allocation, **changes)
+        config.compression.calibration.fisher = fisher
+        run = Run.create(tmp_path / name, config)
+        compress(run)
+        facts = json.loads((run.path / "compression.json").read_text())
+        assert facts["totals"]["ratio"] <= 0.4 and not (run.path / "calibration").exists()
+        found[name] = [
+            [projection["delta_rank"] for projection in layer["projections"].values()]
+            for layer in facts["layers"].values()
+        ]
+    assert abs(sum(found["weights"][0]) - sum(found["weights"][1])) <= 6
+    assert max(found["fisher"][0]) < min(found["fisher"][1]) and found["even"] != found["fisher"]
+    config.compression.calibration.sequential = True
+    with pytest.raises(UserError, match="sequential=false"):
+        check_values(config)

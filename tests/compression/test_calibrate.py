@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from torch import Tensor
 
 from moe_compress.compression import calibrate
 from moe_compress.compression.calibrate import Calibration, LayerGrams, collect_grams
+from moe_compress.compression.layer import LayerSettings, fit_layer, layer_input
 from moe_compress.config import Config
 from moe_compress.errors import UserError
-from moe_compress.factorization import shrink_grams
+from moe_compress.factorization import FitSpec, shrink_grams
 from moe_compress.modeling import find_experts
 
 Call = tuple[Tensor, Tensor, Tensor]
@@ -206,3 +208,70 @@ def test_experts_of_few_tokens_are_moved_further_to_the_mean_of_the_layer() -> N
 
     assert turned(0) < 0.2 and turned(1) < 0.2 < 0.7 < turned(2)
     assert torch.equal(shrunk[3], mean)
+
+
+def test_fisher_sums_equal_the_definition(family: str, make_model: Callable[..., Any], tokens: Tensor) -> None:
+    model = make_model(family)
+    experts = find_experts(model)
+    calls: dict[str, Any] = {}
+    gradients: dict[str, Tensor] = {}
+
+    def watch(name: str, module: Any) -> None:
+        def after(_: Any, inputs: Any, output: Tensor) -> None:
+            calls[name] = [each.detach() for each in inputs]
+            output.register_hook(lambda gradient: gradients.update({name: gradient.detach()}))
+
+        module.register_forward_hook(after)
+
+    for found in experts:
+        watch(found.name, found.module)
+    sums = collect_grams(model, experts, [tokens], fisher_seed=3)
+    again = collect_grams(model, experts, [tokens], fisher_seed=4)
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    for found in experts:
+        module, layer = found.module, sums[found.name]
+        states, indices, weights = calls[found.name]
+        up_name = "gate_up_proj" if module.has_gate else "up_proj"
+        for expert in range(found.num_experts):
+            rows, slots = (indices == expert).nonzero(as_tuple=True)
+            below = gradients[found.name][rows] * weights[rows, slots][:, None]
+            first, second = (getattr(module, name)[expert].detach() for name in (up_name, "down_proj"))
+            if module.is_transposed:
+                first, second = first.mT, second.mT
+            inner = states[rows] @ first.mT
+            if module.has_bias:
+                inner = inner + getattr(module, f"{up_name}_bias")[expert].detach()
+            inner.requires_grad_()
+            neurons = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+            (above,) = torch.autograd.grad(neurons, inner, below @ second)
+            for name, inputs, gradient in ((up_name, states[rows], above), ("down_proj", neurons.detach(), below)):
+                scaled = inputs * gradient.norm(dim=1, keepdim=True)
+                for kept, expected in ((layer.grams, scaled), (layer.out_grams, gradient)):
+                    # Of the second run's samples; the first run's have another seed.
+                    other = (again[found.name].grams if kept is layer.grams else again[found.name].out_grams)[name]
+                    torch.testing.assert_close(other[expert], expected.mT @ expected, rtol=1e-3, atol=1e-9)
+        assert not torch.equal(layer.out_grams["down_proj"], again[found.name].out_grams["down_proj"])
+        assert torch.equal(layer.tokens, again[found.name].tokens)
+
+
+def test_a_layer_fitted_by_fisher_does_not_depend_on_the_order_of_its_neurons(make_model: Callable[..., Any]) -> None:
+    model = make_model("olmoe")
+    (found, *_) = find_experts(model)
+    generator = torch.Generator().manual_seed(0)
+    sums = LayerGrams.zeros(found, "cpu", fisher=True)
+    for gram in (*sums.grams.values(), *sums.out_grams.values()):
+        root = torch.randn(gram.shape, generator=generator)
+        gram += root @ root.mT
+    sums.tokens += 10
+    tensors = {name: parameter.detach() for name, parameter in found.module.named_parameters()}
+    settings = LayerSettings(
+        specs=dict.fromkeys(found.projections, (FitSpec(delta_rank=4, cores=0),)),
+        dtypes=dict.fromkeys(found.projections, torch.float32),
+        alignment="none",
+        shrinkage=0.0,
+    )
+    plain = fit_layer(layer_input(found, tensors, sums), settings)
+    aligned = fit_layer(layer_input(found, tensors, sums), replace(settings, alignment="weights"))
+    for name in found.projections:
+        expected = plain.errors[name]["data_error"]
+        assert expected and aligned.errors[name]["data_error"] == pytest.approx(expected, rel=1e-3)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_compress.factorization import FitSpec, fit, grams
-from moe_compress.factorization.closed_form import leading_left_vectors
+from moe_compress.factorization.closed_form import CoreSolver, leading_left_vectors
 
 
 def random_experts(experts, rows, columns, seed=0):
@@ -154,3 +154,52 @@ def test_chunks_do_not_change_the_result(anisotropic_grams, monkeypatch, with_gr
     parts = fit(weights, FitSpec(delta_rank=4), gram)
     torch.testing.assert_close(parts.factors.materialize(), whole.factors.materialize(), atol=1e-4, rtol=1e-4)
     assert parts.relative_error == pytest.approx(whole.relative_error, rel=1e-5)
+
+
+def weighed_error(weights, dense, gram, out_gram):
+    """The Fisher norm by its definition: the sum of tr(S_e D G_e D^T) / tr(S_e)."""
+    difference = (weights - dense).double()
+    squares = (out_gram.double() @ difference @ gram.double() * difference).sum((1, 2))
+    return float((squares / out_gram.double().diagonal(dim1=1, dim2=2).sum(1)).sum())
+
+
+@pytest.mark.parametrize("cores", [0, 1])
+def test_weighed_outputs_are_fitted_better_than_without_their_weights(anisotropic_grams, cores, monkeypatch):
+    if not cores:  # so that the exact minimum is known
+        monkeypatch.setattr(grams, "_DAMPING", 1e-6)
+    weights = random_experts(6, 14, 10) + 2 * random_experts(1, 14, 10, seed=1)
+    gram, out_gram = anisotropic_grams(6, 10), anisotropic_grams(6, 14, seed=2)
+    spec = FitSpec(delta_rank=3, cores=cores, iterations=20)
+    plain, weighed = fit(weights, spec, gram), fit(weights, spec, gram, out_gram=out_gram)
+    error, norm = (weighed_error(weights, dense, gram, out_gram) for dense in (weighed.factors.materialize(), 0.0))
+    assert weighed.data_error == pytest.approx(error / norm, rel=1e-2)
+    assert error < 0.8 * weighed_error(weights, plain.factors.materialize(), gram, out_gram)
+    assert non_increasing(weighed.history)
+    if cores == 0:
+        roots = [torch.linalg.cholesky(each.double()) for each in (gram, out_gram)]
+        tails = torch.linalg.svdvals(roots[1].mT @ weights.double() @ roots[0])[:, 3:].square().sum(1)
+        best = float((tails / out_gram.double().diagonal(dim1=1, dim2=2).sum(1)).sum())
+        assert error == pytest.approx(best, rel=1e-2)
+        assert weighed.history[-1] == pytest.approx(error / norm, rel=1e-2)
+
+
+def test_the_core_is_the_best_one_where_outputs_are_weighed(anisotropic_grams, monkeypatch):
+    monkeypatch.setattr(grams, "_DAMPING", 1e-6)
+    weights = random_experts(5, 12, 9)
+    gram, out_gram = anisotropic_grams(5, 9), anisotropic_grams(5, 12, seed=3)
+    metric = grams.Metric(gram, out_gram)
+    solver = CoreSolver(weights, metric, [slice(0, 2), slice(2, 5)])
+    core = solver.best_core(torch.zeros(5, 12, 1), torch.zeros(5, 1, 9))
+    least = weighed_error(weights, core, gram, out_gram)
+    for seed in range(4):
+        direction = random_experts(1, 12, 9, seed)[0]
+        for step in (1e-2, -1e-2):
+            assert weighed_error(weights, core + step * direction, gram, out_gram) > least
+
+
+def test_outputs_that_weigh_alike_change_nothing(anisotropic_grams):
+    weights, gram = random_experts(4, 8, 10), anisotropic_grams(4, 10)
+    out_gram = 3.0 * torch.eye(8).expand(4, -1, -1)
+    spec = FitSpec(delta_rank=3, iterations=3)
+    found = [fit(weights, spec, gram, out_gram=given).factors.materialize() for given in (None, out_gram)]
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality.calibration import Layer
-from benchmarks.quality.forms import VALUE_BYTES, Form, Ragged
+from benchmarks.quality.forms import Form, Ragged
 from benchmarks.quality.methods.base import Task, method
 
 _SHRINKAGE = 0.1  # of each expert's matrices towards the mean of the layer
@@ -30,24 +30,49 @@ class Whitened:
     """One projection of a layer in the norm of its Fisher information.
 
     Attributes:
-        values: [E, min(out, in)] squared singular values in nats, largest first.
+        values: [E, R] squared singular values in nats, largest first.
+        price: values that one rank of one expert takes.
+        fixed: values that are stored whatever the ranks.
     """
 
-    def __init__(self, weight: Tensor, inputs: Tensor, outputs: Tensor) -> None:
-        """`weight` [E, out, in], `inputs` [E, in, in] and `outputs` [E, out, out] with their product in nats."""
+    def __init__(self, weight: Tensor, inputs: Tensor, outputs: Tensor, basis_size: int | None = None) -> None:
+        """`weight` [E, out, in], `inputs` [E, in, in] and `outputs` [E, out, out] with their product in nats.
+
+        With `basis_size` s the rows of all experts lie in one space of s dimensions: the leading ones of all whitened
+        experts together, in the norm of the mean input matrix.
+        """
+        _, rows, columns = weight.shape
         self.root_in, self.root_out = _root(inputs), _root(outputs)
-        self.left, singular, self.right = torch.linalg.svd(
-            self.root_out.mT @ weight.double() @ self.root_in, full_matrices=False
-        )
-        self.singular, self.values = singular, singular.square() / 2
+        weighed = self.root_out.mT @ weight.double()
+        self.basis: Tensor | None = None
+        if basis_size is None:
+            self.price, self.fixed = rows + columns, 0
+            self.left, self.singular, self.right = torch.linalg.svd(weighed @ self.root_in, full_matrices=False)
+        else:
+            self.price, self.fixed = rows + basis_size, basis_size * columns
+            mean_root = _root(inputs.mean(0, keepdim=True))[0]
+            stacked = (weighed @ mean_root).flatten(0, 1)
+            leading = torch.linalg.eigh(stacked.mT @ stacked).eigenvectors[:, -basis_size:]
+            self.basis = torch.linalg.solve_triangular(mean_root, leading.mT, upper=False, left=False)
+            # [E, in, s] orthonormal, basis root_in = triangle^T span^T: the space as each expert's norm sees it.
+            self.span, self.triangle = torch.linalg.qr((self.basis @ self.root_in).mT)
+            inside = weighed @ self.root_in @ self.span
+            self.left, self.singular, self.right = torch.linalg.svd(inside, full_matrices=False)
+        self.values = self.singular.square() / 2
+        self.lost = float((weighed @ self.root_in).square().sum() / 2 - self.values.sum())
 
     def factors(self, ranks: Tensor) -> Ragged:
         """The best factors of rank `ranks` [E]."""
         scale = self.singular.sqrt()
         out = torch.linalg.solve_triangular(self.root_out.mT, self.left * scale[:, None], upper=True)
-        into = torch.linalg.solve_triangular(self.root_in, self.right * scale[:, :, None], upper=False, left=False)
+        into = self.right * scale[:, :, None]
+        if self.basis is None:
+            into = torch.linalg.solve_triangular(self.root_in, into, upper=False, left=False)
+        else:
+            into = torch.linalg.solve_triangular(self.triangle.mT, into, upper=False, left=False)
         kept = torch.arange(self.values.shape[1]) < ranks[:, None]
-        return Ragged(out.mT[kept].float(), into[kept].float(), ranks)
+        basis = None if self.basis is None else self.basis.float()
+        return Ragged(out.mT[kept].float(), into[kept].float(), ranks, basis)
 
 
 def _root(grams: Tensor) -> Tensor:
@@ -75,15 +100,20 @@ def fisher_factors(layer: Layer) -> dict[str, tuple[Tensor, Tensor]]:
     return found
 
 
-def whitened_layers(task: Task) -> dict[tuple[str, str], Whitened]:
-    """All projections, computed once for all ratios."""
-    if "fisher" not in task.shared:
-        task.shared["fisher"] = {
-            (layer.name, name): Whitened(layer.weights[name], *factors)
-            for layer in task.layers
-            for name, factors in fisher_factors(layer).items()
-        }
-    return task.shared["fisher"]
+Key = tuple[str, str]  # name of the layer's experts, and of the projection
+
+
+def whitened_layers(task: Task, basis_size: int | None) -> dict[Key, Whitened]:
+    """All projections, those that read the hidden states with a basis; computed once for all ratios."""
+    for size in {None, basis_size}:
+        if ("fisher", size) in task.shared:
+            continue
+        found = task.shared["fisher", size] = {}
+        for layer in task.layers:
+            for name, factors in layer.kept("fisher", lambda layer=layer: fisher_factors(layer)).items():
+                if size is None or name == layer.up_name:
+                    found[layer.name, name] = Whitened(layer.weights[name], *factors, size)
+    return task.shared["fisher", None] | task.shared["fisher", basis_size]
 
 
 def best_ranks(values: dict[Any, Tensor], prices: dict[Any, int], budget: int) -> dict[Any, Tensor]:
@@ -116,27 +146,42 @@ def best_ranks(values: dict[Any, Tensor], prices: dict[Any, int], budget: int) -
     return ranks
 
 
-@method("fisher", allocation="uniform", version=1)
+def allocate(task: Task, whitened: dict[Key, Whitened], allocation: str) -> tuple[dict[Key, Tensor], float]:
+    """The ranks [E] of each projection within the budget, and the nats (per token) that they leave."""
+    budget = sum(task.budget(layer.weights[name]) for layer in task.layers for name in layer.weights)
+    budget -= sum(each.fixed + len(each.values) for each in whitened.values())  # bases and tables of ranks
+    prices = {key: each.price for key, each in whitened.items()}
+    if allocation == "experts":
+        ranks = best_ranks({key: each.values for key, each in whitened.items()}, prices, budget)
+    else:
+        together = {key: each.values.sum(0, keepdim=True) for key, each in whitened.items()}
+        rows = {key: prices[key] * len(whitened[key].values) for key in prices}
+        found = best_ranks(together, rows, budget)
+        ranks = {key: rank.repeat(len(whitened[key].values)) for key, rank in found.items()}
+    left = 0.0
+    for key, each in whitened.items():
+        cut = torch.arange(each.values.shape[1]) >= ranks[key][:, None]
+        left += each.lost + float(each.values[cut].sum())
+    return ranks, left
+
+
 @method("fisher-projections", allocation="projections", version=1)
 @method("fisher-experts", allocation="experts", version=1)
-def fisher(task: Task, allocation: str) -> Any:
-    """Low-rank experts without a core: the same share for all, ranks for each projection, or for each expert."""
-    whitened = whitened_layers(task)
-    weights = {(layer.name, name): weight for layer in task.layers for name, weight in layer.weights.items()}
-    budget = VALUE_BYTES * sum(task.budget(weight) for weight in weights.values())
-    prices = {key: VALUE_BYTES * sum(weight.shape[1:]) for key, weight in weights.items()}
-    if allocation == "experts":
-        budget -= sum(2 * len(weight) for weight in weights.values())  # the table of ranks
-        ranks = best_ranks({key: each.values for key, each in whitened.items()}, prices, budget)
-    elif allocation == "projections":
-        together = {key: each.values.sum(0, keepdim=True) for key, each in whitened.items()}
-        rows = {key: prices[key] * len(weights[key]) for key in prices}
-        ranks = {key: rank.expand(len(weights[key])) for key, rank in best_ranks(together, rows, budget).items()}
-    else:
-        ranks = {
-            key: torch.full((len(weight),), VALUE_BYTES * task.budget(weight) // (prices[key] * len(weight)))
-            for key, weight in weights.items()
-        }
+@method("fisher-projections-basis", allocation="projections", bases=(1 / 3, 1 / 2), version=1)
+@method("fisher-experts-basis", allocation="experts", bases=(1 / 3, 1 / 2), version=1)
+def fisher(task: Task, allocation: str, bases: tuple[float, ...] = ()) -> Any:
+    """Low-rank experts without a core, with ranks for each projection or each expert.
+
+    Args:
+        bases: sizes of a shared input basis to try, as shares of the hidden size; the one that leaves the least wins.
+    """
+    hidden = task.layers[0].inputs.shape[1]
+    tried = []
+    for size in (None, *(round(share * hidden) for share in bases)):
+        whitened = whitened_layers(task, size)
+        ranks, left = allocate(task, whitened, allocation)
+        tried.append((left, whitened, ranks))
+    _, whitened, ranks = min(tried, key=lambda each: each[0])
 
     def forms(layer: Layer) -> dict[str, Form]:
         return {name: whitened[layer.name, name].factors(ranks[layer.name, name]) for name in layer.weights}

@@ -1,7 +1,8 @@
 """Ranks chosen by measuring: one pass over the weights gives every projection's error at every rank.
 
-The norm is that of the weights (after alignment), not of calibration data: what later layers see depends on how the
-earlier ones were compressed, so that it does not exist before the ranks do.
+The norm is that of the weights (after alignment), not of calibration data, whose errors have another unit in each
+layer. With Fisher information (`compression.calibration.fisher`) all errors are errors of the predictions: then the
+ranks are chosen by these, and the calibration runs before the ranks are known.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moe_compress.compression.layer import LayerInput, layer_input
+from moe_compress.compression.calibrate import Calibration
+from moe_compress.compression.layer import LayerInput, LayerSettings, LayerWork, layer_input
 from moe_compress.compression.ranks import Ranks, choose_ranks, fixed_cores, projections_budget, value_width
 from moe_compress.compression.source import SourceModel
 from moe_compress.config import Config
@@ -28,13 +30,15 @@ def allocate_ranks(
     file: Path,
     device: torch.device,
     on_layer: Callable[[int, int], None] = lambda done, total: None,
+    calibration: Calibration | None = None,
 ) -> Ranks:
     """The delta rank of every projection by `compression.allocation=greedy`, under the budget of the uniform choice.
 
     Args:
         file: JSON file that keeps the choice and the errors it expects; read instead of measuring again if it belongs
             to the same model and settings.
-        on_layer: called with layers done and layers in all.
+        on_layer: called with layers (before, with batches of the calibration) done and in all.
+        calibration: with Fisher information, to measure the errors of the predictions; None measures on the weights.
 
     Raises:
         UserError: the budget cannot be reached; NaN or infinity in the weights.
@@ -47,20 +51,28 @@ def allocate_ranks(
             "source": source.checkpoint.fingerprint,
             "budget": budget,
             "dtype": settings.dtype,
+            **({} if calibration is None else {"grams": [calibration.fingerprint, settings.calibration.shrinkage]}),
             "settings": [fixed_cores(config), settings.rank_multiple, settings.parameterization, settings.alignment],
         }
     )
     kept = _read(file, key)
     if kept is not None:
         return kept
+    if calibration is not None:
+        missing = [layer.index for layer in source.map.layers if not calibration.finished(layer.index)]
+        if missing:
+            calibration.run(missing, device, on_layer)
     names = {f"{module}.{projection}": (module, projection) for module, projection in uniform}
     shapes, curves = {}, {}
     for layer in source.map.layers:
         measured = layer_curves(
-            layer_input(layer.experts, source.map.load(source.checkpoint, layer)),
-            cores=fixed_cores(config),
-            alignment=settings.alignment,
-            device=device,
+            layer_input(
+                layer.experts,
+                source.map.load(source.checkpoint, layer),
+                None if calibration is None else calibration.load(layer.index),
+            ),
+            LayerSettings({}, {}, settings.alignment, settings.calibration.shrinkage, device),
+            fixed_cores(config),
         )
         for projection, curve in measured.items():
             shapes[f"{layer.name}.{projection}"] = layer.experts.projections[projection]
@@ -96,12 +108,17 @@ def allocate_ranks(
     return {names[name]: rank for name, rank in found.items()}
 
 
-def layer_curves(layer: LayerInput, *, cores: int, alignment: str, device: torch.device) -> dict[str, Tensor]:
+def layer_curves(layer: LayerInput, settings: LayerSettings, cores: int) -> dict[str, Tensor]:
     """The error of each projection of a layer at every delta rank, see `error_curve`."""
-    weights = {name: weight.to(device) for name, weight in layer.weights.items()}
-    if alignment == "weights":
-        weights = aligned(weights, interleaved=layer.interleaved)
-    return {name: error_curve(weight, cores=cores) for name, weight in weights.items()}
+    work = LayerWork(layer, settings)
+    if settings.alignment == "weights":
+        work.align()
+    return {
+        name: error_curve(
+            weight, cores=cores, gram=work.shrunk(work.grams, name), out_gram=work.shrunk(work.out_grams, name)
+        )
+        for name, weight in work.weights.items()
+    }
 
 
 def aligned(weights: dict[str, Tensor], *, interleaved: bool) -> dict[str, Tensor]:

@@ -4,6 +4,10 @@ For the inputs x of expert e and their routing weights g, G_e = sum of g^2 x x^T
 error that a change D of the expert's weights causes in the output of the layer (DESIGN 2.5). `gate_up_proj` sees the
 hidden states of the tokens routed to the expert, `down_proj` its gated activations.
 
+With `compression.calibration.fisher` the text also runs backward, from the log-likelihood of tokens sampled from the
+model itself, and the gradients d of each expert's outputs take the place of g: G_e = sum of |d|^2 x x^T and
+S_e = sum of d d^T (see `factorization.grams`).
+
 The sums are collected by an experts implementation registered with Transformers, so that any architecture that
 dispatches its experts (`@use_experts_implementation`) is covered without touching its code. They are kept in fp32
 whatever the model's type: bf16 sums were seen to be off by factors (DESIGN 5).
@@ -14,7 +18,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +39,7 @@ from moe_compress.files import fingerprint
 from moe_compress.modeling import ExpertsModule, find_experts, load_model, load_tokenizer
 
 IMPLEMENTATION = "moe_compress_calibrate"
+_OUT = "_out"  # what the names of output matrices end on in a file
 GRAM_BYTES_AT_ONCE = 8 << 30  # layers whose matrices exceed this together are collected in several passes
 
 
@@ -42,30 +48,46 @@ class LayerGrams:
     """What one MoE layer saw.
 
     Attributes:
-        grams: projection name to [E, in, in], fp32; the sum of g^2 x x^T over the tokens routed to each expert.
+        grams: projection name to [E, in, in], fp32; the sum of g^2 x x^T over the tokens routed to each expert, or of
+            |d|^2 x x^T where there are `out_grams`.
+        out_grams: projection name to [E, out, out], fp32; the sum of d d^T. Empty without Fisher information.
         tokens: [E], int64; how many tokens were routed to each expert.
     """
 
     grams: dict[str, Tensor]
     tokens: Tensor
+    out_grams: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def zeros(cls, experts: ExpertsModule, device: torch.device | str) -> LayerGrams:
-        grams = {
-            projection: torch.zeros(count, inputs, inputs, dtype=torch.float32, device=device)
-            for projection, (count, _, inputs) in experts.projections.items()
-        }
-        return cls(grams, torch.zeros(experts.num_experts, dtype=torch.int64, device=device))
+    def zeros(cls, experts: ExpertsModule, device: torch.device | str, *, fisher: bool = False) -> LayerGrams:
+        def squares(side: int) -> dict[str, Tensor]:
+            return {
+                projection: torch.zeros(shape[0], shape[side], shape[side], dtype=torch.float32, device=device)
+                for projection, shape in experts.projections.items()
+            }
+
+        tokens = torch.zeros(experts.num_experts, dtype=torch.int64, device=device)
+        return cls(squares(2), tokens, squares(1) if fisher else {})
 
     def add(self, projection: str, expert: int, inputs: Tensor, weights: Tensor) -> None:
         """Add the inputs [n, in] of one expert, weighted by their routing weights [n]."""
         scaled = inputs.float() * weights.float()[:, None]
         self.grams[projection][expert].addmm_(scaled.mT, scaled)
 
+    def add_gradients(self, projection: str, expert: int, inputs: Tensor, gradients: Tensor) -> None:
+        """Add the inputs [n, in] of one expert and the gradients [n, out] of what it makes of them."""
+        gradients = gradients.float()
+        scaled = inputs.float() * gradients.norm(dim=1, keepdim=True)
+        self.grams[projection][expert].addmm_(scaled.mT, scaled)
+        self.out_grams[projection][expert].addmm_(gradients.mT, gradients)
 
-def gram_bytes(experts: ExpertsModule) -> int:
+
+def gram_bytes(experts: ExpertsModule, *, fisher: bool = False) -> int:
     """Bytes of the Gram matrices of one experts module."""
-    return sum(4 * count * inputs * inputs for count, _, inputs in experts.projections.values())
+    return sum(
+        4 * count * (inputs * inputs + (outputs * outputs if fisher else 0))
+        for count, outputs, inputs in experts.projections.values()
+    )
 
 
 _collecting: dict[nn.Module, LayerGrams] = {}
@@ -100,15 +122,29 @@ def _experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_
         tokens = slots // top_k_index.shape[1]
         weights = top_k_weights.reshape(-1)[slots]
         inputs = hidden_states[tokens]
-        hidden = linear(inputs, up_name, expert)
-        hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
-        if sums is not None:
+        inner = linear(inputs, up_name, expert)
+        hidden = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
+        outputs = linear(hidden, "down_proj", expert)
+        if sums is not None and sums.out_grams:
+            # The gradients of the outputs, before the weights multiply them, have the weights in them.
+            _on_gradient(inner, partial(sums.add_gradients, up_name, expert, inputs.detach()))
+            _on_gradient(outputs, partial(sums.add_gradients, "down_proj", expert, hidden.detach()))
+        elif sums is not None:
             sums.add(up_name, expert, inputs, weights)
             sums.add("down_proj", expert, hidden, weights)
-        output.index_add_(0, tokens, (linear(hidden, "down_proj", expert) * weights[:, None]).float())
+        output = output.index_add(0, tokens, (outputs * weights[:, None]).float())
     if sums is not None:
         sums.tokens += counts
     return output.to(hidden_states.dtype)
+
+
+def _on_gradient(tensor: Tensor, add: Callable[[Tensor], None]) -> None:
+    """Call `add` with the gradient of a tensor when it is known; the gradient is not changed."""
+
+    def hook(gradient: Tensor) -> None:
+        add(gradient.detach())
+
+    tensor.register_hook(hook)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)
@@ -131,29 +167,67 @@ def collect_into(sums: dict[nn.Module, LayerGrams], modules: Iterable[nn.Module]
             _collecting.pop(module, None)
 
 
-@torch.inference_mode()
 def collect_grams(
     model: PreTrainedModel,
     experts: list[ExpertsModule],
     batches: Iterable[Tensor],
     on_batch: Callable[[], None] = lambda: None,
+    *,
+    fisher_seed: int | None = None,
 ) -> dict[str, LayerGrams]:
     """Run batches of token ids [B, L] through a model and sum the Gram matrices of some of its experts modules.
+
+    Args:
+        fisher_seed: also collect the gradients; seed of the tokens that are sampled from the model's predictions.
 
     Returns:
         Module name to its sums, on the device of the module.
     """
-    sums = {found.name: LayerGrams.zeros(found, next(found.module.parameters()).device) for found in experts}
+    fisher = fisher_seed is not None
+    sums = {
+        found.name: LayerGrams.zeros(found, next(found.module.parameters()).device, fisher=fisher) for found in experts
+    }
     by_module = {found.module: sums[found.name] for found in experts}
     training = model.training
     model.eval()
     with collect_into(by_module, by_module):
-        for batch in batches:
-            # Without the language-model head, whose logits nobody needs here.
-            model.base_model(input_ids=batch.to(model.device), use_cache=False)
-            on_batch()
+        if fisher_seed is not None:
+            _run_backward(model, batches, on_batch, fisher_seed)
+        else:
+            with torch.inference_mode():
+                for batch in batches:
+                    # Without the language-model head, whose logits nobody needs here.
+                    model.base_model(input_ids=batch.to(model.device), use_cache=False)
+                    on_batch()
     model.train(training)
     return sums
+
+
+def _run_backward(model: PreTrainedModel, batches: Iterable[Tensor], on_batch: Callable[[], None], seed: int) -> None:
+    """Forward and backward from the log-likelihood of one token at each position, sampled from the prediction there.
+
+    No gradient of a parameter is formed: the embeddings' outputs are what the graph starts from.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    embeddings: Any = model.get_input_embeddings()
+    start = embeddings.register_forward_hook(lambda _, __, output: output.detach().requires_grad_())
+    try:
+        model.requires_grad_(False)
+        with torch.enable_grad():
+            for batch in batches:
+                logits = model(input_ids=batch.to(model.device), use_cache=False).logits.flatten(0, 1).float()
+                log_probs = logits.log_softmax(-1)
+                # Sampled by the inverse of the distribution, from draws of the CPU: the same on every device.
+                draws = torch.rand(len(log_probs), 1, generator=generator).to(log_probs.device)
+                cumulative = log_probs.detach().exp().cumsum(-1)
+                sampled = torch.searchsorted(cumulative, draws * cumulative[:, -1:]).clamp_max(logits.shape[-1] - 1)
+                (-log_probs.gather(-1, sampled).sum()).backward()
+                on_batch()
+    finally:
+        start.remove()
+        for parameter in wanted:
+            parameter.requires_grad_(True)
 
 
 class Calibration:
@@ -179,9 +253,11 @@ class Calibration:
                 "batch_size": settings.batch_size,
                 "model": asdict(config.model),
                 "sequential": settings.sequential,
+                **({"fisher": config.seed} if settings.fisher else {}),
             }
         )
         self.sequential = settings.sequential
+        self.fisher_seed = config.seed if settings.fisher else None
         self._layers_before: dict[int, str] = {}
 
     @property
@@ -211,9 +287,10 @@ class Calibration:
 
     def load(self, index: int) -> LayerGrams:
         """Read the matrices of one layer to main memory."""
-        entries = dict(read_header(self.file(index)).entries)
-        tokens = read_tensor(entries.pop("tokens"))
-        return LayerGrams({name: read_tensor(entry) for name, entry in entries.items()}, tokens)
+        tensors = {name: read_tensor(entry) for name, entry in read_header(self.file(index)).entries.items()}
+        tokens = tensors.pop("tokens")
+        out_grams = {name.removesuffix(_OUT): tensors.pop(name) for name in list(tensors) if name.endswith(_OUT)}
+        return LayerGrams(tensors, tokens, out_grams)
 
     def run(self, layers: list[int], device: torch.device, progress: Callable[[int, int], None]) -> None:
         """Collect the matrices of some MoE layers, by their index, with the whole model in memory; write their files.
@@ -231,7 +308,9 @@ class Calibration:
             device=str(device),
         )
         experts = find_experts(model)
-        groups = split_by_size(((index, gram_bytes(experts[index])) for index in layers), GRAM_BYTES_AT_ONCE)
+        fisher = self.fisher_seed is not None
+        sizes = ((index, gram_bytes(experts[index], fisher=fisher)) for index in layers)
+        groups = split_by_size(sizes, GRAM_BYTES_AT_ONCE)
         batches = self.batches
         done = 0
 
@@ -241,7 +320,9 @@ class Calibration:
             progress(done, len(batches) * len(groups))
 
         for group in groups:
-            sums = collect_grams(model, [experts[index] for index in group], batches, on_batch)
+            sums = collect_grams(
+                model, [experts[index] for index in group], batches, on_batch, fisher_seed=self.fisher_seed
+            )
             for index in group:
                 self.write(index, sums.pop(experts[index].name))
 
@@ -251,7 +332,8 @@ class Calibration:
         Raises:
             UserError: they hold NaN or infinity.
         """
-        tensors = {**layer.grams, "tokens": layer.tokens}
+        out_grams = {name + _OUT: gram for name, gram in layer.out_grams.items()}
+        tensors = {**layer.grams, **out_grams, "tokens": layer.tokens}
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
                 raise UserError(

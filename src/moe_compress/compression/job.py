@@ -120,11 +120,21 @@ class Job:
 def calibration_walk(
     config: Config, source: SourceModel, calibration: Calibration, device: torch.device, console: Console
 ) -> CalibrationWalk | None:
-    """The calibration layer by layer, or None (and a word about it) for an architecture that does not fit it.
+    """The calibration layer by layer, or None where the whole model runs at once.
+
+    That is so for Fisher information, which takes a backward pass, and (with a word about it) for an architecture that
+    does not fit.
 
     Raises:
         UserError: it does not fit, and the settings or the source leave no other way.
     """
+    if calibration.fisher_seed is not None:
+        if source.dequantized:
+            raise UserError(
+                f"{source.path} is quantized, so that it cannot be run backward; "
+                "set compression.calibration.fisher=false"
+            )
+        return None
     try:
         model = LayerwiseModel(source, config.model, device)
     except DoesNotFit as reason:

@@ -21,6 +21,7 @@ from moe_compress.factorization import (
     align_neurons,
     fit,
     group_experts,
+    neuron_rows,
     permute_columns,
     permute_rows,
     shrink_grams,
@@ -121,7 +122,7 @@ def fit_layer(
     Raises:
         UserError: the factors cannot be held by the type that they are to be stored in.
     """
-    work = _Work(layer, settings)
+    work = LayerWork(layer, settings)
     align = settings.alignment == "weights"
     if align:
         work.align()
@@ -152,7 +153,7 @@ def fit_layer(
     return LayerResult(layer.name, factors, biases, errors, load)
 
 
-class _Work:
+class LayerWork:
     """A layer on the device, whose neurons can be put in another order."""
 
     def __init__(self, layer: LayerInput, settings: LayerSettings) -> None:
@@ -160,8 +161,10 @@ class _Work:
         self.weights = {name: weight.to(settings.device) for name, weight in layer.weights.items()}
         self.biases = dict(layer.biases)
         self.grams: dict[str, Tensor] = {}
+        self.out_grams: dict[str, Tensor] = {}
         if layer.grams is not None:
             self.grams = {name: gram.to(settings.device) for name, gram in layer.grams.grams.items()}
+            self.out_grams = {name: gram.to(settings.device) for name, gram in layer.grams.out_grams.items()}
 
     def align(self, groups: tuple[Tensor | None, Tensor | None] = (None, None)) -> None:
         """Align the neurons of the experts that share a core, in each projection."""
@@ -180,16 +183,20 @@ class _Work:
             self.biases[up] = permute_rows(self.biases[up], order, interleaved=interleaved, gates=gates)
         if down in self.grams:
             self.grams[down] = _permuted_gram(self.grams[down], order)
+        if up in self.out_grams:
+            rows = neuron_rows(order, interleaved=interleaved, gates=gates)
+            self.out_grams[up] = _permuted_gram(self.out_grams[up], rows)
 
     def groups(self, projection: str, spec: FitSpec) -> Tensor | None:
         """The core of each expert, where there are several."""
         if spec.cores < 2:
             return None
-        return group_experts(self.weights[projection], spec.cores, self._gram(projection))
+        return group_experts(self.weights[projection], spec.cores, self.shrunk(self.grams, projection))
 
     def fit(self, projection: str, spec: FitSpec, groups: Tensor | None) -> FitResult:
         """Fit a projection."""
-        return fit(self.weights[projection], spec, self._gram(projection), groups)
+        gram, out_gram = (self.shrunk(grams, projection) for grams in (self.grams, self.out_grams))
+        return fit(self.weights[projection], spec, gram, groups, out_gram)
 
     def best_fit(
         self, projection: str, candidates: tuple[FitSpec, ...]
@@ -210,15 +217,17 @@ class _Work:
         """Free what only the fit of this projection needed."""
         del self.weights[projection]
         self.grams.pop(projection, None)
+        self.out_grams.pop(projection, None)
 
-    def _gram(self, projection: str) -> Tensor | None:
-        if self.layer.grams is None:
+    def shrunk(self, grams: dict[str, Tensor], projection: str) -> Tensor | None:
+        """The Gram matrices of a projection, `grams` or `out_grams`, ready to fit with; None where there are none."""
+        if self.layer.grams is None or projection not in grams:
             return None
-        return shrink_grams(self.grams[projection], self.settings.shrinkage, self.layer.grams.tokens)
+        return shrink_grams(grams[projection], self.settings.shrinkage, self.layer.grams.tokens)
 
 
 def _permuted_gram(gram: Tensor, order: Tensor) -> Tensor:
-    """Gram matrices [E, I, I] of neurons in a new order [E, I]."""
+    """Gram matrices [E, n, n] in a new order [E, n]."""
     return torch.stack([own[neurons][:, neurons] for own, neurons in zip(gram, order, strict=True)])
 
 

@@ -72,7 +72,7 @@ def _compress(run: Run, team: Team, console: Console) -> None:
     source = open_model(run.config.model)
     ranks = None
     if run.config.compression.allocation == "greedy":
-        ranks = _allocate(run, source, fit_device(run.config, team.local_rank), console)
+        ranks = _allocate(run, source, calibration_dir, fit_device(run.config, team.local_rank), console)
     plan = make_plan(source, run.config, candidates(source.map.layers, run.config, ranks))
     if team.leads:
         check_plan(plan)
@@ -87,13 +87,21 @@ def _compress(run: Run, team: Team, console: Console) -> None:
         shutil.rmtree(calibration_dir, ignore_errors=True)
 
 
-def _allocate(run: Run, source: SourceModel, device: torch.device, console: Console) -> Ranks:
+def _allocate(run: Run, source: SourceModel, calibration_dir: Path, device: torch.device, console: Console) -> Ranks:
     """Measure how to divide the budget, or read what was measured before."""
+    calibration = None
+    if run.config.compression.calibration.fisher:
+        calibration = Calibration(run.config, source.path, source.checkpoint.fingerprint, calibration_dir)
     with progress_bars(console) as progress:
         task = progress.add_task("measuring errors", total=None, error="")
         file = run.path / "allocation.json"
         return allocate_ranks(
-            source, run.config, file, device, lambda done, total: progress.update(task, completed=done, total=total)
+            source,
+            run.config,
+            file,
+            device,
+            lambda done, total: progress.update(task, completed=done, total=total),
+            calibration,
         )
 
 

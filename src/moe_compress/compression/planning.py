@@ -209,7 +209,7 @@ def make_plan(
     after = size(sum(layer.bytes_after for layer in layers), lambda p: p.parameters_after, ProjectionPlan.active_after)
     calibrated = settings.calibration.enabled
     grams = sum(layer.gram_bytes for layer in layers) if calibrated else 0
-    peaks = {"fit": max(_fit_peak(layer, calibrated) for layer in layers)}
+    peaks = {"fit": max(_fit_peak(layer, calibrated, settings.calibration.fisher) for layer in layers)}
     if calibrated:
         largest = max(layer.gram_bytes for layer in layers)
         peaks["calibration"] = _LIBRARY_BYTES + total + min(grams, max(GRAM_BYTES_AT_ONCE, largest))
@@ -310,7 +310,7 @@ def _layer_plan(
         bias_values=bias_values,
         bias_bytes_before=bias_before,
         bias_bytes_after=bias_after,
-        gram_bytes=gram_bytes(layer.experts),
+        gram_bytes=gram_bytes(layer.experts, fisher=config.compression.calibration.fisher),
     )
 
 
@@ -328,7 +328,7 @@ def _embedding_parameters(model: Any) -> int:
     return int(embedding.weight.numel())
 
 
-def _fit_peak(layer: LayerPlan, calibrated: bool) -> int:
+def _fit_peak(layer: LayerPlan, calibrated: bool, fisher: bool) -> int:
     """Expected peak of main memory while one layer is fitted.
 
     The layer in its stored type three times (as read, as joined by Transformers' converter, as permuted), the factors
@@ -338,5 +338,6 @@ def _fit_peak(layer: LayerPlan, calibrated: bool) -> int:
     temporaries = 4 * max(min(_TEMPORARY_BYTES, 4 * projection.parameters_before) for projection in layer.projections)
     grams = 0
     if calibrated:
-        grams = layer.gram_bytes + 3 * max(4 * p.experts * p.columns**2 for p in layer.projections)
+        sides = [p.columns**2 + (p.rows**2 if fisher else 0) for p in layer.projections]
+        grams = layer.gram_bytes + 3 * max(4 * layer.projections[0].experts * side for side in sides)
     return _LIBRARY_BYTES + 3 * layer.bytes_before + factors + temporaries + grams

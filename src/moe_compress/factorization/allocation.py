@@ -22,8 +22,8 @@ from moe_compress.factorization.groups import group_experts
 
 
 @torch.no_grad()
-def error_curve(weights: Tensor, *, cores: int, gram: Tensor | None = None) -> Tensor:
-    """The relative squared error of core plus delta at every rank of the delta.
+def error_curve(weights: Tensor, *, cores: int, gram: Tensor | None = None, out_gram: Tensor | None = None) -> Tensor:
+    """The squared error of core plus delta at every rank of the delta: relative, but of a known unit with `out_gram`.
 
     The core is the (weighted) mean of the experts, as in the first iteration of the closed form; further iterations
     and the wrapper parameterization lie close by.
@@ -32,12 +32,14 @@ def error_curve(weights: Tensor, *, cores: int, gram: Tensor | None = None) -> T
         weights: [E, out, in], any floating type.
         cores: 1 for a shared core, 0 for truncated SVD of each expert alone, more for groups of experts.
         gram: [E, in, in], already shrunk; with it the error is that of the outputs, see `Metric`.
+        out_gram: [E, out, out], likewise; then the error is that of the predictions, twice the nats over the text, the
+            same unit for every projection and layer.
 
     Returns:
         [min(out, in) + 1] in fp64 on the CPU: all experts together with deltas of rank 0, 1, ...; ends at 0.
     """
     experts, rows, columns = weights.shape
-    metric = Metric(None if gram is None else gram.detach().to(weights.device))
+    metric = Metric(*(None if each is None else each.detach().to(weights.device) for each in (gram, out_gram)))
     squares = torch.zeros(min(rows, columns), dtype=torch.float64)
     if cores > 1:
         groups = group_experts(weights, cores, metric.gram).to(weights.device)
@@ -46,6 +48,8 @@ def error_curve(weights: Tensor, *, cores: int, gram: Tensor | None = None) -> T
     else:
         squares += _residual_squares(weights, bool(cores), metric)
     tails = torch.cat([torch.zeros(1, dtype=torch.float64), squares.cumsum(0)])  # the smallest ones come first
+    if out_gram is not None:
+        return tails.flip(0) * metric.unit
     return tails.flip(0) / squared_norm(weights, metric, list(chunks(experts, 4 * rows * columns)))
 
 
@@ -78,8 +82,9 @@ def greedy_ranks(
 ) -> dict[str, int]:
     """The delta ranks that make the sum of all errors small, never above the budget in total.
 
-    Every projection counts the same, whatever its size, because the errors are relative. Ranks are multiples of
-    `rank_multiple` where the budget reaches that far for all projections, as in `uniform_ranks`.
+    Relative errors make every projection count the same, whatever its size; errors of the predictions add up as they
+    are. Ranks are multiples of `rank_multiple` where the budget reaches that far for all projections, as in
+    `uniform_ranks`.
 
     Args:
         curves: for each projection, its error at delta rank 0, 1, ...; see `error_curve`.

@@ -2,7 +2,8 @@
 
 In the Frobenius norm the core is the mean of
 W_e - delta_e and the delta a truncated SVD; with a Gram matrix G_e per expert the core is
-(sum_e (W_e - delta_e) G_e) (sum_e G_e)^-1 and the delta the whitened truncated SVD of W_e - core (see `grams`).
+(sum_e (W_e - delta_e) G_e) (sum_e G_e)^-1 and the delta the whitened truncated SVD of W_e - core (see `grams`, also for
+outputs that are weighed too).
 No step can increase the error: the deltas are exact minimizers, and in the core the error is a quadratic, which stays
 below its start up to twice the distance of its minimizer. So the core may move beyond it, which saves a third of the
 steps.
@@ -16,6 +17,8 @@ from torch import Tensor
 from moe_compress.factorization.factors import DeltaFactors
 from moe_compress.factorization.grams import Metric, chunks
 
+_CORE_STEPS = 20  # of conjugate gradients, where outputs are weighed
+_CORE_TOLERANCE = 1e-8  # of what the core explains: smaller steps are left out
 _RELAXATION = 1.5  # step towards the best core, 1 moves onto it; anything below 2 lowers the error
 
 
@@ -82,7 +85,9 @@ def fit_delta(
             left = leading_left_vectors(whitened, rank)
             error += float((whitened - left @ (left.mT @ whitened)).square().sum(dtype=torch.float64))
             # With these left vectors the best delta, in any norm on the right, is the projection of the rest.
-            delta_out[part], delta_in[part] = balance(left, left.mT @ rest)
+            delta_out[part], delta_in[part] = balance(
+                metric.unwhiten_out(left, part), left.mT @ metric.whiten_out(rest, part)
+            )
         history.append(error / norm)
     return DeltaFactors(core, delta_out, delta_in), history
 
@@ -96,6 +101,8 @@ def squared_norm(weights: Tensor, metric: Metric, parts: list[slice]) -> float:
 class CoreSolver:
     """The best core for given deltas: (sum_e (W_e - A_e B_e) G_e) (sum_e G_e)^-1, or the mean of W_e - A_e B_e.
 
+    Where outputs are weighed too it solves sum_e S_e C G_e = sum_e S_e (W_e - A_e B_e) G_e by conjugate gradients.
+
     Args:
         weights: [E, out, in].
         metric: norm to minimize.
@@ -106,16 +113,56 @@ class CoreSolver:
         self.metric, self.parts, self.experts = metric, parts, weights.shape[0]
         self.moment = torch.zeros(weights.shape[1:], dtype=torch.float64, device=weights.device)
         for part in parts:
-            self.moment += metric.apply(weights[part].float(), part).sum(0, dtype=torch.float64)
+            self.moment += self._weigh(weights[part].float(), part)
         self.root = None if metric.gram is None else torch.linalg.cholesky(metric.gram.sum(0, dtype=torch.float64))
+        self.out_root = None
+        if metric.out_gram is not None:
+            self.out_root = torch.linalg.cholesky(metric.out_gram.mean(0, dtype=torch.float64))
 
     def best_core(self, delta_out: Tensor, delta_in: Tensor) -> Tensor:
         """The core [out, in] in fp32 for deltas [E, out, R] and [E, R, in]."""
         moment = self.moment.clone()
         for part in self.parts:
-            moment -= (delta_out[part] @ self.metric.apply(delta_in[part], part)).sum(0, dtype=torch.float64)
+            weighed = self.metric.apply_out(delta_out[part], part) @ self.metric.apply(delta_in[part], part)
+            moment -= weighed.sum(0, dtype=torch.float64)
         return self.solve(moment).float()
 
     def solve(self, moment: Tensor) -> Tensor:
-        """moment [out, in] in fp64 times (sum_e G_e)^-1."""
+        """The core whose weighted sum is moment [out, in]; both fp64."""
+        solution = self._solve_without_spread(moment)
+        if self.out_root is None:
+            return solution
+        # Preconditioned by the solution for experts that all have the mean output matrix, from which it starts.
+        residual = moment - self._weigh_core(solution)
+        direction = step = self._solve_without_spread(residual)
+        product = (residual * step).sum()
+        smallest = _CORE_TOLERANCE * float((moment * solution).sum())
+        for _ in range(_CORE_STEPS):
+            if float(product) <= smallest:
+                break
+            image = self._weigh_core(direction)
+            length = product / (direction * image).sum()
+            solution = solution + length * direction
+            residual = residual - length * image
+            step = self._solve_without_spread(residual)
+            product, previous = (residual * step).sum(), product
+            direction = step + product / previous * direction
+        return solution
+
+    def _solve_without_spread(self, moment: Tensor) -> Tensor:
+        """moment [out, in] times (sum_e G_e)^-1, after (mean_e S_e)^-1; fp64."""
+        if self.out_root is not None:
+            moment = torch.cholesky_solve(moment, self.out_root)
         return moment / self.experts if self.root is None else torch.cholesky_solve(moment.mT, self.root).mT
+
+    def _weigh(self, matrix: Tensor, part: slice) -> Tensor:
+        """sum_e S_e matrix_e G_e over the experts of a part, [e, out, in] to [out, in] in fp64."""
+        return self.metric.apply_out(self.metric.apply(matrix, part), part).sum(0, dtype=torch.float64)
+
+    def _weigh_core(self, core: Tensor) -> Tensor:
+        """sum_e S_e core G_e over all experts; fp64."""
+        total = torch.zeros_like(core)
+        for part in self.parts:
+            experts = len(range(self.experts)[part])
+            total += self._weigh(core.float().expand(experts, -1, -1), part)
+        return total

@@ -101,7 +101,13 @@ def _adam(weights: Tensor, spec: FitSpec, metric: Metric) -> tuple[Factors, list
 
 
 @torch.no_grad()
-def fit(weights: Tensor, spec: FitSpec, gram: Tensor | None = None, groups: Tensor | None = None) -> FitResult:
+def fit(
+    weights: Tensor,
+    spec: FitSpec,
+    gram: Tensor | None = None,
+    groups: Tensor | None = None,
+    out_gram: Tensor | None = None,
+) -> FitResult:
     """Factorize one projection of all experts of a layer.
 
     Args:
@@ -110,20 +116,21 @@ def fit(weights: Tensor, spec: FitSpec, gram: Tensor | None = None, groups: Tens
         gram: [E, in, in], sum of g^2 x x^T over the inputs of each expert (already shrunk, see `shrink_grams`); with
             it the error of the outputs is minimized rather than that of the weights.
         groups: [E], which of several cores each expert gets; None lets `group_experts` choose.
+        out_gram: [E, out, out], sum of d d^T over the gradients of the outputs, see `grams`; only with `gram`.
 
     Raises:
         UserError: a setting is out of range, a rank above the dimensions, NaN or infinity in the weights.
         ValueError: the shapes do not belong together.
     """
-    _check(weights, spec, gram)
+    _check(weights, spec, gram, out_gram)
     weights = weights.detach()
-    metric = Metric(None if gram is None else gram.detach().to(weights.device))
+    metric = Metric(*(None if each is None else each.detach().to(weights.device) for each in (gram, out_gram)))
     if spec.cores > 1:
         groups = group_experts(weights, spec.cores, metric.gram) if groups is None else groups
         factors, history = _fit_groups(weights, spec, metric, groups.to(weights.device))
     else:
         factors, history = METHODS[spec.method](weights, spec, metric)
-    return _measure(weights, factors, history, gram)
+    return _measure(weights, factors, history, gram, out_gram)
 
 
 def _fit_groups(weights: Tensor, spec: FitSpec, metric: Metric, groups: Tensor) -> tuple[Factors, list[float]]:
@@ -143,12 +150,18 @@ def _fit_groups(weights: Tensor, spec: FitSpec, metric: Metric, groups: Tensor) 
     return merge_groups(parts, groups), (errors / norms).tolist()
 
 
-def _check(weights: Tensor, spec: FitSpec, gram: Tensor | None) -> None:
+def _check(weights: Tensor, spec: FitSpec, gram: Tensor | None, out_gram: Tensor | None) -> None:
     if weights.dim() != 3 or not weights.is_floating_point():
         raise ValueError(f"weights must be floating point [E, out, in], not {weights.dtype} {tuple(weights.shape)}")
     experts, rows, columns = weights.shape
     if gram is not None and gram.shape != (experts, columns, columns):
         raise ValueError(f"gram {tuple(gram.shape)} does not belong to weights {tuple(weights.shape)}")
+    if out_gram is not None and (gram is None or out_gram.shape != (experts, rows, rows)):
+        raise ValueError(f"out_gram {tuple(out_gram.shape)} does not belong to weights {tuple(weights.shape)} and gram")
+    if out_gram is not None and spec.parameterization == "wrapper":
+        raise UserError(
+            "compression.calibration.fisher=true is not for wrappers: choose compression.parameterization=delta"
+        )
     if spec.method not in METHODS:
         raise UserError(f"compression.method={spec.method}: choose one of {', '.join(sorted(METHODS))}")
     if spec.parameterization not in PARAMETERIZATIONS:
@@ -172,9 +185,12 @@ def _check(weights: Tensor, spec: FitSpec, gram: Tensor | None) -> None:
         raise UserError("the expert weights hold NaN or infinity: the checkpoint is damaged")
 
 
-def _measure(weights: Tensor, factors: Factors, history: list[float], gram: Tensor | None) -> FitResult:
+def _measure(
+    weights: Tensor, factors: Factors, history: list[float], gram: Tensor | None, out_gram: Tensor | None
+) -> FitResult:
     experts, rows, columns = weights.shape
     errors, norms, data = [], [], torch.zeros(2, dtype=torch.float64)
+    tiny = torch.finfo(torch.float32).tiny
     for part in chunks(experts, 4 * rows * columns):
         original = weights[part].float()
         difference = original - factors.materialize(part)
@@ -182,10 +198,16 @@ def _measure(weights: Tensor, factors: Factors, history: list[float], gram: Tens
         norms.append(original.square().sum((1, 2), dtype=torch.float64))
         if gram is not None:
             part_gram = gram[part].to(weights.device).float()
+            part_out = None
+            if out_gram is not None:
+                part_out = out_gram[part].to(weights.device).float()
+                part_out = part_out / part_out.diagonal(dim1=1, dim2=2).sum(1).clamp_min(tiny)[:, None, None]
             for index, matrix in enumerate((difference, original)):
-                data[index] += float((matrix @ part_gram * matrix).sum(dtype=torch.float64))
+                weighed = matrix @ part_gram
+                if part_out is not None:
+                    weighed = part_out @ weighed
+                data[index] += float((weighed * matrix).sum(dtype=torch.float64))
     error, norm = torch.cat(errors).cpu(), torch.cat(norms).cpu()
-    tiny = torch.finfo(torch.float32).tiny
     return FitResult(
         factors=factors,
         relative_error=float(error.sum() / norm.sum().clamp_min(tiny)),
