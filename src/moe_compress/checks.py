@@ -45,6 +45,7 @@ def _is_regex(pattern: str) -> bool:
 
 
 _POSITIVE = _Rule(lambda value: value > 0, "above 0")
+_ABOVE_ONE = _Rule(lambda value: value > 1, "above 1")
 _NOT_EMPTY = _Rule(lambda value: bool(value.strip()), "a name, not empty")
 _REGEX = _Rule(_is_regex, "a regular expression")
 _REGEXES = _Rule(lambda patterns: bool(patterns) and all(map(_is_regex, patterns)), "regular expressions, at least one")
@@ -86,7 +87,18 @@ _RULES: dict[type, dict[str, _Rule]] = {
         "total_workers": _at_least(1),
         "sequences_per_file": _at_least(1),
     },
-    schema.LossConfig: {"alpha": _between(0, 1), "temperature": _POSITIVE},
+    schema.LossConfig: {
+        "alpha": _between(0, 1),
+        "temperature": _POSITIVE,
+        "router_weight": _at_least(0),
+        "hidden_weight": _at_least(0),
+    },
+    schema.SpikeConfig: {
+        "loss_factor": _ABOVE_ONE,
+        "grad_norm_factor": _ABOVE_ONE,
+        "window": _at_least(2),
+        "limit": _at_least(1),
+    },
     schema.TrainingConfig: {
         "num_train_epochs": _POSITIVE,
         "max_steps": _Rule(lambda value: value == -1 or value >= 1, "-1 or at least 1"),
@@ -106,6 +118,7 @@ _RULES: dict[type, dict[str, _Rule]] = {
     schema.StageConfig: {
         "trainable": _REGEXES,
         "steps": _at_least(0),
+        "tokens": _at_least(1),
         "learning_rate": _POSITIVE,
         "warmup_steps": _at_least(0),
         "alpha": _between(0, 1),

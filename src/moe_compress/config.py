@@ -157,7 +157,7 @@ class TeacherConfig:
 
 @dataclass
 class LossConfig:
-    """(1 - alpha) * cross-entropy + alpha * temperature^2 * KL(teacher || student)."""
+    """(1 - alpha) * cross-entropy + alpha * temperature^2 * divergence, and terms that compare the layers."""
 
     alpha: float = setting(0.5, "Weight of the KL term, from 0 (cross-entropy only) to 1 (teacher only).")
     temperature: float = setting(2.0, "Temperature of both distributions in the KL term.")
@@ -165,6 +165,32 @@ class LossConfig:
     tail: str = setting(
         "keep", "Mass outside the cached top-k: keep (as one more class) or ignore.", ("keep", "ignore")
     )
+    divergence: str = setting(
+        "forward_kl",
+        "forward_kl (teacher || student), reverse_kl (student || teacher) or jsd (Jensen-Shannon).",
+        ("forward_kl", "reverse_kl", "jsd"),
+    )
+    router_weight: float = setting(
+        0.0, "Weight of the KL between the routers of teacher and student; needs a live teacher."
+    )
+    hidden_weight: float = setting(
+        0.0, "Weight of the relative squared error of the MoE layers' outputs; needs a live teacher."
+    )
+
+
+@dataclass
+class SpikeConfig:
+    """What to do when a step's loss or gradient norm jumps above what the steps before it had."""
+
+    action: str = setting(
+        "none",
+        "none, skip (leave this step's update out) or rollback (return to the last checkpoint, go on in other data).",
+        ("none", "skip", "rollback"),
+    )
+    loss_factor: float = setting(2.0, "A spike is a loss above this many medians ...")
+    grad_norm_factor: float = setting(10.0, "... or a gradient norm above this many medians.")
+    window: int = setting(50, "Steps that the running medians are taken over; half of them must have been seen.")
+    limit: int = setting(3, "Spikes in a row, or returns to one checkpoint, after which training stops.")
 
 
 @dataclass
@@ -184,6 +210,14 @@ class TrainingConfig:
     max_grad_norm: float = setting(1.0, "Gradient clipping.")
     bf16: bool = setting(True, "Train under bf16 autocast.")
     gradient_checkpointing: bool = setting(False, "Recompute activations to save memory.")
+    torch_compile: bool = setting(False, "Compile the student with torch.compile.")
+    deepspeed: str | None = setting(
+        None, "zero2, zero3 or a DeepSpeed configuration file: train under DeepSpeed instead of DDP or FSDP."
+    )
+    balance_factors: bool = setting(
+        False, "Give the two factors of each delta or wrapper the same norm before training; their product stays."
+    )
+    spikes: SpikeConfig = setting(SpikeConfig, "Spikes of the loss or of the gradient norm.")
     save_steps: int = setting(500, "Steps between checkpoints.")
     save_total_limit: int = setting(3, "Checkpoints kept (never dropping the zero-shot or one not yet evaluated).")
     logging_steps: int = setting(10, "Steps between log lines.")
@@ -204,7 +238,13 @@ class StageConfig:
 
     name: str = setting("", "Name in logs and tables.")
     trainable: list[str] = setting([".*"], "Regular expressions of the parameters that train in this stage.")
+    kind: str = setting(
+        "train",
+        "train (end to end, on the loss) or blockwise (each MoE layer by itself, towards the teacher's layer).",
+        ("train", "blockwise"),
+    )
     steps: int = setting(0, "Optimizer steps of this stage.")
+    tokens: int | None = setting(None, "Tokens of this stage, rounded up to whole steps; instead of steps.")
     learning_rate: float | None = setting(None, "Peak learning rate.")
     lr_scheduler_type: str | None = setting(None, "Schedule, by its name in Transformers.")
     warmup_steps: int | None = setting(None, "Steps of linear warm-up.")

@@ -15,6 +15,8 @@ from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
 from moe_compress.config import Config, StageConfig
 from moe_compress.distillation.generate import fill_cache
+from moe_compress.factorization.fit import FitSpec, fit
+from moe_compress.modeling import compress_in_memory, expert_weights, find_experts, load_model, load_tokenizer
 from moe_compress.run import Run
 
 VOCABULARY = 97
@@ -135,6 +137,34 @@ def make_run(tmp_path: Path, teacher_dir: Path, student_dir: Path, text_file: Pa
         run = Run.create(tmp_path / name, config)
         run.checkpoints_dir.mkdir(parents=True)
         shutil.copytree(student_dir, run.checkpoint(0))
+        return run
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def compressed_dir(tmp_path_factory: pytest.TempPathFactory, teacher_dir: Path) -> Path:
+    """The teacher compressed to a core and deltas of rank 2."""
+    path = tmp_path_factory.mktemp("models") / "compressed"
+    model = load_model(str(teacher_dir))
+    spec = FitSpec(parameterization="delta", delta_rank=2, iterations=2)
+    results = {
+        facts.name: {name: fit(weight, spec).factors for name, weight in expert_weights(facts.module).items()}
+        for facts in find_experts(model)
+    }
+    compress_in_memory(model, results).save_pretrained(path)
+    load_tokenizer(str(teacher_dir)).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def make_compressed_run(make_run: MakeRun, compressed_dir: Path) -> MakeRun:
+    """As `make_run`, with the compressed teacher as the student."""
+
+    def make(*arguments: object, **options: object) -> Run:
+        run = make_run(*arguments, **options)
+        shutil.rmtree(run.checkpoint(0))
+        shutil.copytree(compressed_dir, run.checkpoint(0))
         return run
 
     return make

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
-from moe_compress.distillation import losses
+from moe_compress.distillation import chunks
 from moe_compress.distillation.encoders import TopKEncoder
-from moe_compress.distillation.losses import distillation_loss, kl_divergence, tail_log_mass
-from moe_compress.distillation.targets import DenseTargets, SparseTargets
+from moe_compress.distillation.losses import distillation_loss, divergence, tail_log_mass
+from moe_compress.distillation.targets import DenseTargets, SampledTargets, SparseTargets
+from moe_compress.errors import UserError
 
 BATCH, LENGTH, VOCABULARY = 2, 7, 50
 
@@ -50,20 +51,18 @@ def test_full_top_k_is_the_dense_kl(seed: int, temperature: float) -> None:
         (student / temperature).log_softmax(-1), (teacher / temperature).softmax(-1), reduction="none"
     ).sum(-1)
     for tail in ("keep", "ignore"):
-        sparse = kl_divergence(student, exact(teacher, VOCABULARY), temperature, tail)
+        sparse = divergence(student, exact(teacher, VOCABULARY), temperature, tail)
         torch.testing.assert_close(sparse, reference, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(
-        kl_divergence(student, DenseTargets(teacher), temperature), reference, atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(divergence(student, DenseTargets(teacher), temperature), reference, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("top_k", [1, 5, VOCABULARY - 1])
 def test_kept_tail_is_one_more_class_with_its_exact_mass(temperature: float, top_k: int) -> None:
     teacher, student = logits(3), logits(4)
-    found = kl_divergence(student, exact(teacher, top_k), temperature, "keep")
+    found = divergence(student, exact(teacher, top_k), temperature, "keep")
     torch.testing.assert_close(found, merged_kl(student, teacher, top_k, temperature), atol=2e-5, rtol=1e-4)
-    full = kl_divergence(student, DenseTargets(teacher), temperature)
+    full = divergence(student, DenseTargets(teacher), temperature)
     assert (found <= full + 1e-5).all()
 
 
@@ -72,7 +71,7 @@ def test_ignored_tail_renormalizes_both_sides() -> None:
     targets = exact(teacher, 5)
     p = (teacher.gather(-1, targets.indices) / 2).softmax(-1)
     q = (student.gather(-1, targets.indices) / 2).softmax(-1)
-    torch.testing.assert_close(kl_divergence(student, targets, 2.0, "ignore"), (p * (p / q).log()).sum(-1))
+    torch.testing.assert_close(divergence(student, targets, 2.0, "ignore"), (p * (p / q).log()).sum(-1))
 
 
 def test_ignored_tail_lets_the_student_leave_the_top_k_and_the_kept_one_does_not() -> None:
@@ -80,15 +79,15 @@ def test_ignored_tail_lets_the_student_leave_the_top_k_and_the_kept_one_does_not
     targets = exact(teacher, 5)
     elsewhere = torch.ones_like(teacher, dtype=torch.bool).scatter(-1, targets.indices, False)
     student = teacher + 8.0 * elsewhere
-    assert kl_divergence(student, targets, 1.0, "ignore").max() < 1e-5
-    assert kl_divergence(student, targets, 1.0, "keep").min() > 0.1
+    assert divergence(student, targets, 1.0, "ignore").max() < 1e-5
+    assert divergence(student, targets, 1.0, "keep").min() > 0.1
 
 
 def test_a_tiny_tail_keeps_its_gradient() -> None:
     teacher = torch.zeros(1, VOCABULARY)
     teacher[0, 0] = 30.0
     student = teacher.clone().requires_grad_()
-    kl_divergence(student * 1.1, exact(teacher, 4), 1.0).sum().backward()
+    divergence(student * 1.1, exact(teacher, 4), 1.0).sum().backward()
     assert torch.isfinite(student.grad).all()
 
 
@@ -121,7 +120,7 @@ def test_tail_is_exact_where_the_cache_has_it_and_never_above_the_bound() -> Non
 
 
 def test_blend_shift_mask_and_gradient_match_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "_CHUNK_BYTES", 4 * VOCABULARY * 3)  # three tokens a chunk
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 4 * VOCABULARY * 3)  # three tokens a chunk
     teacher = logits(10)
     labels = torch.randint(0, VOCABULARY, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
     labels[0, 3] = labels[1, -1] = -100
@@ -212,3 +211,67 @@ def test_encoder_keeps_the_largest_logits_and_the_tail(seed: int, top_k: int, sc
     torch.testing.assert_close(found.logits, teacher.gather(-1, truth.indices), atol=1e-2, rtol=2e-3)
     torch.testing.assert_close(found.logsumexp, truth.logsumexp)
     torch.testing.assert_close(found.log_tail, truth.log_tail, atol=2e-3, rtol=1e-3)
+
+
+def definition(kind: str, p: Tensor, q: Tensor) -> Tensor:
+    """The divergence of probabilities, by its definition."""
+    if kind == "forward_kl":
+        return (p * (p / q).log()).sum(-1)
+    if kind == "reverse_kl":
+        return (q * (q / p).log()).sum(-1)
+    m = (p + q) / 2
+    return ((p * (p / m).log()).sum(-1) + (q * (q / m).log()).sum(-1)) / 2
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_divergences_are_what_they_say_dense_and_over_merged_classes(kind: str, temperature: float) -> None:
+    teacher, student = logits(20), logits(21)
+    p, q = (teacher / temperature).softmax(-1), (student / temperature).softmax(-1)
+    options = {"temperature": temperature, "kind": kind}
+    dense = divergence(student, DenseTargets(teacher), **options)
+    torch.testing.assert_close(dense, definition(kind, p, q), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(divergence(student, exact(teacher, VOCABULARY), **options), dense, atol=2e-5, rtol=1e-4)
+
+    indices = teacher.topk(6, -1).indices
+    merged = []
+    for side in (p, q):
+        top = side.gather(-1, indices)
+        merged.append(torch.cat([top, 1 - top.sum(-1, keepdim=True)], -1))
+    kept = divergence(student, exact(teacher, 6), **options)
+    torch.testing.assert_close(kept, definition(kind, *merged), atol=2e-5, rtol=1e-4)
+    assert (kept <= dense + 1e-5).all()
+    over_top = [side.gather(-1, indices) / side.gather(-1, indices).sum(-1, keepdim=True) for side in (p, q)]
+    ignored = divergence(student, exact(teacher, 6), tail="ignore", **options)
+    torch.testing.assert_close(ignored, definition(kind, *over_top), atol=2e-5, rtol=1e-4)
+
+
+def test_divergences_far_apart_stay_finite_and_the_jsd_bounded() -> None:
+    teacher = torch.zeros(1, 3, VOCABULARY)
+    teacher[..., 0] = 60.0
+    student = (-teacher).requires_grad_()
+    for kind in ("forward_kl", "reverse_kl", "jsd"):
+        for targets in (DenseTargets(teacher), exact(teacher, 4)):
+            found = divergence(student, targets, 1.0, "keep", kind)
+            (slope,) = torch.autograd.grad(found.sum(), student)
+            assert torch.isfinite(found).all() and torch.isfinite(slope).all()
+            assert kind != "jsd" or (found <= math.log(2) + 1e-6).all()
+    swapped = divergence(teacher, DenseTargets(student.detach()), 1.0, "keep", "jsd")
+    torch.testing.assert_close(swapped, divergence(student, DenseTargets(teacher), 1.0, "keep", "jsd"))
+
+
+def test_random_draws_know_the_forward_kl_only() -> None:
+    draws = SampledTargets(
+        torch.zeros(3, 2, dtype=torch.long), torch.full((3, 2), 0.5), torch.zeros(3, 2), torch.zeros(3, 2)
+    )
+    with pytest.raises(UserError, match="divergence=jsd needs the teacher's probabilities"):
+        divergence(torch.zeros(3, VOCABULARY), draws, 1.0, "keep", "jsd")
+
+
+def test_a_teacher_with_more_padding_than_the_student_is_cut() -> None:
+    student, labels = logits(22), torch.ones(BATCH, LENGTH, dtype=torch.long)
+    teacher = logits(23)
+    wider = torch.cat([teacher, torch.full((BATCH, LENGTH, 6), 9.0)], -1)
+    options = {"alpha": 0.5, "temperature": 2.0}
+    expected = distillation_loss(student, labels, DenseTargets(teacher), **options).loss
+    torch.testing.assert_close(distillation_loss(student, labels, DenseTargets(wider), **options).loss, expected)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_compress.config import StageConfig
 from moe_compress.distillation import DistillationTrainer, distill, generate_teacher_logits
-from moe_compress.distillation import trainer as trainer_module
+from moe_compress.distillation import objective as objective_module
 from moe_compress.distillation.checkpoints import TRAINING_STATE
 from moe_compress.distillation.data import TrainingOrder
 from moe_compress.distillation.losses import LossParts
@@ -27,7 +27,7 @@ from moe_compress.run import Run
 from .conftest import LENGTH, MakeRun, save_model
 
 # What differs between two runs that do the same.
-_TIMES = ("tokens_per_second", "time")
+_TIMES = ("tokens_per_second", "memory_bytes", "time")
 
 
 def log_of(run: Run) -> list[dict[str, Any]]:
@@ -269,7 +269,7 @@ def test_nan_stops_with_the_last_good_checkpoint(
     make_run: MakeRun, filled_cache: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     run = make_run(cache=filled_cache)
-    true_loss = trainer_module.distillation_loss
+    true_loss = objective_module.distillation_loss
     calls = iter(range(100))
 
     def bad(logits: torch.Tensor, *arguments: Any, **options: Any) -> LossParts:
@@ -280,7 +280,7 @@ def test_nan_stops_with_the_last_good_checkpoint(
         spoiled = parts.loss * float("nan") if what == "loss" else parts.loss + (logits[0, 0, 0] * 0).sqrt()
         return LossParts(loss=spoiled, ce=parts.ce, kl=parts.kl, tokens=parts.tokens)
 
-    monkeypatch.setattr(trainer_module, "distillation_loss", bad)
+    monkeypatch.setattr(objective_module, "distillation_loss", bad)
     with pytest.raises(UserError, match=rf"{what}.* became nan at step 4; checkpoint-2 is the last good one"):
         distill(run)
     assert steps_of(run) == [0, 2]

@@ -20,12 +20,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils import logging as hf_logging
 
+from moe_compress.config import Config
 from moe_compress.errors import UserError
+from moe_compress.files import directory_in_progress
+from moe_compress.modeling import load_model
 
 if TYPE_CHECKING:
     from moe_compress.run import Run
 
 TRAINING_STATE = "training_state"
+SPIKE_STATE = "spikes.json"  # see `spikes`
 _MASTER = "master_weights.safetensors"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")
 
@@ -86,6 +90,19 @@ def save_master_weights(state: Mapping[str, Tensor], dtypes: Mapping[str, torch.
     save_file(kept, directory / _MASTER)
 
 
+def write_checkpoint(run: Run, step: int, student: Any, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Write the checkpoint of a step from which another stage can begin, and drop those that are kept no longer."""
+    state = student.state_dict()
+    with directory_in_progress(run.checkpoint(step)) as directory:
+        save_student(student, state, dtypes, directory, run.checkpoint(0))
+        (directory / TRAINING_STATE).mkdir()
+        save_master_weights(state, dtypes, directory / TRAINING_STATE)
+        carried = run.checkpoints()[-1][1] / TRAINING_STATE / SPIKE_STATE
+        if carried.exists():
+            shutil.copyfile(carried, directory / TRAINING_STATE / SPIKE_STATE)
+    rotate(run, run.config.distillation.training.save_total_limit)
+
+
 def load_master_weights(model: Any, checkpoint: Path) -> None:
     """Replace the rounded weights of a model loaded from `checkpoint`, now in fp32, by what they were in training.
 
@@ -101,6 +118,22 @@ def load_master_weights(model: Any, checkpoint: Path) -> None:
     unknown = model.load_state_dict(load_file(path), strict=False).unexpected_keys
     if unknown:
         raise UserError(f"{path} is of another model: it has {unknown[0]}")
+
+
+def load_student(checkpoint: Path, config: Config, *, resumed: bool) -> tuple[Any, dict[str, torch.dtype]]:
+    """The student in fp32, and the types its tensors are stored in.
+
+    Args:
+        checkpoint: the checkpoint to load.
+        config: the settings of the run.
+        resumed: whether training wrote it, so that its fp32 weights are there too.
+    """
+    model = load_model(str(checkpoint), dtype="auto", trust_remote_code=config.model.trust_remote_code)
+    dtypes = stored_dtypes(model)
+    model.float()
+    if resumed:
+        load_master_weights(model, checkpoint)
+    return model, dtypes
 
 
 def rotate(run: Run, limit: int) -> None:

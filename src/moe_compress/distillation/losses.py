@@ -1,28 +1,27 @@
-"""The blended loss `(1 - alpha) * CE + alpha * T^2 * KL(teacher || student)`, from sparse or dense targets.
+"""The blended loss `(1 - alpha) * CE + alpha * T^2 * divergence(teacher, student)`, from sparse or dense targets.
 
-It is computed and differentiated chunk by chunk over the tokens, so that of all the fp32 tensors of size
-tokens x vocabulary that a softmax and its backward need, only a slice exists at a time.
+It is computed and differentiated chunk by chunk over the tokens (`chunks`): from logits, or from the hidden states
+before the output head, of whose logits then only a slice exists at a time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from moe_compress.distillation.chunks import LinearHead, TeacherHead, summed_in_chunks
 from moe_compress.distillation.targets import DenseTargets, SampledTargets, SparseTargets, TeacherTargets
+from moe_compress.errors import UserError
 
 IGNORED = -100
 
-# Bytes of fp32 logits in one chunk.
-_CHUNK_BYTES = 32 * 2**20
-
 Tail = Literal["keep", "ignore"]
+Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 
 
 def tail_log_mass(targets: SparseTargets, temperature: float, vocab_size: int) -> Tensor | None:
@@ -49,27 +48,62 @@ def tail_log_mass(targets: SparseTargets, temperature: float, vocab_size: int) -
     return torch.minimum(mass, math.log(rest) + b * targets.log_probs[..., -1])
 
 
-def kl_divergence(logits: Tensor, targets: TeacherTargets, temperature: float, tail: Tail = "keep") -> Tensor:
-    """Forward KL(teacher || student) at a temperature, for each token: fp32 `[n]`.
+def divergence(
+    logits: Tensor,
+    targets: TeacherTargets,
+    temperature: float,
+    tail: Tail = "keep",
+    kind: Divergence = "forward_kl",
+) -> Tensor:
+    """How far the student is from the teacher at a temperature, for each token: fp32 `[n]`.
 
-    From sparse targets the classes are the k tokens and, with `tail="keep"`, one more that stands for all others (a
-    lower bound of the full KL, equal to it when k is the vocabulary); with `tail="ignore"` both sides are renormalized
-    over the k tokens. From random draws it is an unbiased estimate: the cross-entropy of the draws less the teacher's
-    entropy (of one token it may be negative).
+    With p the teacher's and q the student's probabilities: `forward_kl` is KL(p || q), `reverse_kl` is KL(q || p), and
+    `jsd` the mean of KL(p || m) and KL(q || m) with m = (p + q) / 2, which is at most log 2.
+
+    From sparse targets the classes are the k tokens and, with `tail="keep"`, one more that stands for all others.
+    Merging classes never increases such a divergence: it is a lower bound of the full one, equal to it when k is the
+    vocabulary. With `tail="ignore"` both sides are renormalized over the k tokens. From random draws the forward KL is
+    estimated without bias: the cross-entropy of the draws less the teacher's entropy (of one token it may be negative).
 
     Args:
         logits: the student's, fp32 `[n, vocabulary]`.
         targets: the teacher's, flattened.
         temperature: of both distributions.
         tail: what becomes of the mass outside the top-k.
+        kind: which divergence.
+
+    Raises:
+        UserError: another divergence than the forward KL from random draws.
     """
+    if isinstance(targets, SampledTargets):
+        if kind != "forward_kl":
+            raise UserError(
+                f"distillation.loss.divergence={kind} needs the teacher's probabilities, which random draws do not "
+                "tell; take forward_kl or a top-k cache"
+            )
+        weights, entropy = targets.at(temperature)
+        log_q = (logits / temperature).log_softmax(-1)
+        return -(weights * log_q.gather(-1, targets.indices)).sum(-1) - entropy
+    log_p, log_q = _log_probabilities(logits, targets, temperature, tail)
+    if kind == "forward_kl":
+        return _kl(log_p, log_q)
+    if kind == "reverse_kl":
+        return _kl(log_q, log_p)
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    return (_kl(log_p, log_m) + _kl(log_q, log_m)) / 2
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def _log_probabilities(
+    logits: Tensor, targets: DenseTargets | SparseTargets, temperature: float, tail: Tail
+) -> tuple[Tensor, Tensor]:
+    """Of teacher and student over the same classes, each normalized: fp32 `[n, classes]`."""
     student = logits / temperature
     if isinstance(targets, DenseTargets):
-        log_p = (targets.logits.float() / temperature).log_softmax(-1)
-        return (log_p.exp() * (log_p - student.log_softmax(-1))).sum(-1)
-    if isinstance(targets, SampledTargets):
-        weights, entropy = targets.at(temperature)
-        return -(weights * student.log_softmax(-1).gather(-1, targets.indices)).sum(-1) - entropy
+        return (targets.logits.float() / temperature).log_softmax(-1), student.log_softmax(-1)
     head_p = targets.log_probs / temperature
     head_q = student.gather(-1, targets.indices)
     tail_p = tail_log_mass(targets, temperature, logits.shape[-1]) if tail == "keep" else None
@@ -79,8 +113,7 @@ def kl_divergence(logits: Tensor, targets: TeacherTargets, temperature: float, t
         head_p = torch.cat([head_p, tail_p.unsqueeze(-1)], -1)
         head_q = torch.cat([head_q, tail_q.unsqueeze(-1)], -1)
     # Top-k and tail together are the whole vocabulary, so this also normalizes the student over all of it.
-    log_p, log_q = head_p.log_softmax(-1), head_q.log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    return head_p.log_softmax(-1), head_q.log_softmax(-1)
 
 
 @dataclass(frozen=True)
@@ -90,7 +123,7 @@ class LossParts:
     Attributes:
         loss: the blended loss, with its graph.
         ce: sum over the tokens of the cross-entropy, detached.
-        kl: sum over the tokens of the KL at the loss's temperature (without the factor T^2), detached.
+        kl: sum over the tokens of the divergence at the loss's temperature (without the factor T^2), detached.
         tokens: labelled tokens in this batch.
     """
 
@@ -100,81 +133,62 @@ class LossParts:
     tokens: int
 
 
+def labelled_rows(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels `[batch, length]` shifted as for a causal LM, and which places have one.
+
+    Returns:
+        The label that each place predicts, int64 `[batch * length]`, and the places whose label is not masked, `[n]`.
+    """
+    shifted = torch.full_like(labels, IGNORED)
+    shifted[:, :-1] = labels[:, 1:]
+    shifted = shifted.flatten()
+    return shifted, (shifted != IGNORED).nonzero().squeeze(-1)
+
+
+@torch.compiler.disable
 def distillation_loss(
-    logits: Tensor,
+    inputs: Tensor,
     labels: Tensor,
-    targets: TeacherTargets | None,
+    targets: TeacherTargets | TeacherHead | None,
     *,
     alpha: float,
     temperature: float,
     normalizer: Tensor | float | None = None,
     tail: Tail = "keep",
+    kind: Divergence = "forward_kl",
     kl_reduction: Literal["batchmean", "sum"] = "batchmean",
+    head: LinearHead | None = None,
 ) -> LossParts:
     """The blended loss of a batch, shifted as for a causal LM: position t predicts the label at t+1.
 
     Args:
-        logits: the student's, `[batch, length, vocabulary]`, any floating type.
+        inputs: the student's logits, `[batch, length, vocabulary]`, any floating type; or, with `head`, the hidden
+            states `[batch, length, hidden]` that the head makes them from.
         labels: int64 `[batch, length]`; -100 masks a token in both parts of the loss.
         targets: the teacher's, `[batch, length, ...]`, not shifted; None leaves cross-entropy alone.
-        alpha: weight of the KL part.
-        temperature: of both distributions of the KL part.
+        alpha: weight of the divergence.
+        temperature: of both distributions of the divergence.
         normalizer: labelled tokens in the whole optimizer step, over all micro-batches and ranks; their losses then add
             up to the loss of one large batch. None takes those of this batch.
-        tail: see `kl_divergence`.
-        kl_reduction: `batchmean` divides the KL part by `normalizer`, `sum` does not.
+        tail, kind: see `divergence`.
+        kl_reduction: `batchmean` divides the divergence by `normalizer`, `sum` does not.
+        head: the student's output head; its weight gets its gradient too.
     """
-    shifted = torch.full_like(labels, IGNORED)
-    shifted[:, :-1] = labels[:, 1:]
-    shifted = shifted.flatten()
-    rows = (shifted != IGNORED).nonzero().squeeze(-1)
+    shifted, rows = labelled_rows(labels)
     count = max(rows.numel(), 1) if normalizer is None else normalizer
     ce_weight = (1 - alpha if targets is not None else 1.0) / count
     kl_weight = alpha * temperature**2 / (count if kl_reduction == "batchmean" else 1)
     flat = targets.flatten() if targets is not None else None
 
-    def losses(chunk: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        ce = cross_entropy(chunk, shifted.index_select(0, index), reduction="sum")
+    def losses(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ce = cross_entropy(logits, shifted.index_select(0, index), reduction="sum")
         if flat is None:
             return ce_weight * ce, ce, torch.zeros_like(ce)
         chosen = flat.rows(index)
-        if chosen.vocab_size is not None and chosen.vocab_size > chunk.shape[-1]:
-            chosen = chosen.cut(chunk.shape[-1])
-        kl = kl_divergence(chunk[:, : chosen.vocab_size], chosen, temperature, tail).sum()
+        if chosen.vocab_size is not None and chosen.vocab_size > logits.shape[-1]:
+            chosen = chosen.cut(logits.shape[-1])
+        kl = divergence(logits[:, : chosen.vocab_size], chosen, temperature, tail, kind).sum()
         return ce_weight * ce + kl_weight * kl, ce, kl
 
-    loss, ce, kl = _Chunked.apply(logits.flatten(0, 1), rows, losses)
+    loss, ce, kl = summed_in_chunks(inputs.flatten(0, 1), rows, losses, head)
     return LossParts(loss=loss, ce=ce, kl=kl, tokens=rows.numel())
-
-
-class _Chunked(torch.autograd.Function):
-    """Sums a loss over chunks of rows, and its gradient with it, so that backward only has to scale it."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        rows: Tensor,
-        losses: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits `[tokens, vocabulary]`, the rows that count, and their losses from fp32 `[n, vocabulary]`."""
-        wanted = ctx.needs_input_grad[0]
-        gradient = torch.zeros_like(logits) if wanted else None
-        sums = torch.zeros(3, dtype=torch.float32, device=logits.device)
-        for index in rows.split(max(1, _CHUNK_BYTES // (4 * logits.shape[-1]))):
-            with torch.set_grad_enabled(wanted):
-                chunk = logits.index_select(0, index).float().detach().requires_grad_(wanted)
-                parts = losses(chunk, index)
-            sums += torch.stack([part.detach() for part in parts])
-            if gradient is not None:
-                (slope,) = torch.autograd.grad(parts[0], chunk)
-                gradient.index_copy_(0, index, slope.to(gradient.dtype))
-        ctx.save_for_backward(gradient)
-        loss, ce, kl = sums.unbind()
-        ctx.mark_non_differentiable(ce, kl)
-        return loss.clone(), ce.clone(), kl.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
-        (gradient,) = ctx.saved_tensors
-        return gradient * slopes[0].to(gradient.dtype) if gradient is not None else None, None, None

@@ -8,27 +8,34 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache as cache_result
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from transformers import TrainingArguments
 
 from moe_compress.config import Config
 from moe_compress.data import rows_in_memory
-from moe_compress.distillation.checkpoints import TRAINING_STATE, load_master_weights, stored_dtypes
+from moe_compress.distillation.arguments import check_training, training_arguments
+from moe_compress.distillation.balance import balance_factors
+from moe_compress.distillation.blockwise import BlockwiseTraining
+from moe_compress.distillation.checkpoints import TRAINING_STATE, load_student, write_checkpoint
 from moe_compress.distillation.data import TrainingOrder, collate
 from moe_compress.distillation.fingerprints import tokenizer_fingerprint
-from moe_compress.distillation.parameters import group_table, parameter_groups, set_trainable
+from moe_compress.distillation.live import LiveTeacher
+from moe_compress.distillation.parameters import ParameterGroup, group_table, parameter_groups, set_trainable
 from moe_compress.distillation.reader import TeacherCache
+from moe_compress.distillation.spikes import RollBack, SpikeDetector, skipped_steps
 from moe_compress.distillation.stages import Stage, resolve_stages
 from moe_compress.distillation.teachers import (
     CachedTeacher,
-    LiveTeacher,
     TeacherSource,
     common_vocabulary,
     expected_header,
@@ -39,7 +46,7 @@ from moe_compress.distillation.teachers import (
 from moe_compress.distillation.trainer import TRAIN_LOG, DistillationTrainer
 from moe_compress.errors import UserError
 from moe_compress.files import write_atomically, write_json
-from moe_compress.modeling import load_model, load_tokenizer
+from moe_compress.modeling import load_tokenizer
 
 if TYPE_CHECKING:
     from moe_compress.run import Run
@@ -70,8 +77,7 @@ def _distill(run: Run) -> None:
     if not checkpoints or checkpoints[0][0] != 0:
         raise UserError(f"{run.checkpoint(0)} does not exist or is not complete; run `moe-compress compress` first")
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if config.fsdp.enabled and world < 2:
-        raise UserError("fsdp.enabled=true needs several processes; start with torchrun, or set fsdp.enabled=false")
+    check_training(config)
     if config.fsdp.enabled and not torch.cuda.is_available():
         _say("note: accelerate shards on GPUs only; here every rank holds the whole model")
     source, teacher = _data_and_teacher(run)
@@ -89,10 +95,10 @@ def _distill(run: Run) -> None:
     started = time.perf_counter()
     for stage in stages:
         if latest < stage.last_step:
-            order = TrainingOrder(
-                source, seed=config.seed, first=stage.first_step * per_step, count=stage.steps * per_step
-            )
-            _train_stage(run, stage, order, teacher, latest)
+            if stage.kind == "blockwise":
+                _train_blockwise(run, stage, source, per_step)
+            else:
+                _train_stage(run, stage, source, teacher, per_step)
             latest = stage.last_step
     if _is_main():
         facts = {
@@ -106,12 +112,94 @@ def _distill(run: Run) -> None:
     _say(f"distillation: complete, checkpoint-{stages[-1].last_step}")
 
 
-def _train_stage(run: Run, stage: Stage, order: TrainingOrder, teacher: TeacherSource | None, latest: int) -> None:
-    """Train one stage to its end, from checkpoint `latest`, which may lie inside it."""
+def _train_blockwise(run: Run, stage: Stage, source: Any, per_step: int) -> None:
+    """Train the MoE layers one by one, divided among the processes, and write one checkpoint at the end."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    latest = run.checkpoints()[-1][0]
+    model, dtypes, groups = _student_and_groups(run, stage, latest)
+    skipped = skipped_steps(run.checkpoint(latest) / TRAINING_STATE)
+    order = _order(run, stage, source, per_step, skipped)
+    training = BlockwiseTraining(run, stage, order, model, groups, rank=rank, world=world)
+    training.train()
+    if _is_main():
+        training.load_into(model)
+        write_checkpoint(run, stage.last_step, model, dtypes)
+        shutil.rmtree(training.directory, ignore_errors=True)
+    while not run.checkpoint(stage.last_step).exists():
+        time.sleep(0.2)
+
+
+def _train_stage(
+    run: Run, stage: Stage, source: Any, teacher: Callable[[], TeacherSource | None], per_step: int
+) -> None:
+    """Train one stage to its end from the newest checkpoint, which may lie inside it; again after every rollback."""
+    spikes = run.config.distillation.training.spikes
+    latest = run.checkpoints()[-1][0]
+    skipped = skipped_steps(run.checkpoint(latest) / TRAINING_STATE)
+    returns: Counter[int] = Counter()
+    while latest < stage.last_step:
+        order = _order(run, stage, source, per_step, skipped)
+        try:
+            _train_from(run, stage, order, teacher(), latest, skipped)
+            latest = stage.last_step
+        except RollBack as spike:
+            latest = run.checkpoints()[-1][0]
+            returns[latest] += 1
+            if returns[latest] > spikes.limit:
+                raise UserError(
+                    f"distillation stage '{stage.name}': {returns[latest]} spikes after checkpoint-{latest}, the last "
+                    f"at step {spike.step}; try a lower learning rate or more warm-up in a new run"
+                ) from None
+            # What the steps since the checkpoint have seen is not seen again.
+            skipped += spike.step - latest
+            if _is_main():
+                _forget_lines_after(run.logs_dir / TRAIN_LOG, latest)
+            _say(f"distillation: back to checkpoint-{latest}, past the data of steps {latest + 1} to {spike.step}")
+
+
+def _train_from(
+    run: Run, stage: Stage, order: TrainingOrder, teacher: TeacherSource | None, latest: int, skipped: int
+) -> None:
+    """Train one stage from checkpoint `latest`."""
     config = run.config
-    checkpoint = run.checkpoint(latest)
-    model, dtypes = load_student(checkpoint, config, resumed=latest > 0)
+    # The student first: from the arguments Transformers learns of ZeRO-3, and would load it in parts.
+    model, dtypes, groups = _student_and_groups(run, stage, latest)
     arguments = training_arguments(config, stage, run.checkpoints_dir)
+    set_trainable(model, groups)
+    inside = latest > stage.first_step
+    spikes = None
+    if config.distillation.training.spikes.action != "none":
+        spikes = SpikeDetector(config.distillation.training.spikes)
+        if inside:
+            spikes.load(run.checkpoint(latest) / TRAINING_STATE)
+    trainer = DistillationTrainer(
+        run=run,
+        stage=stage,
+        groups=groups,
+        teacher=teacher if stage.alpha > 0 or _compares_layers(config) else None,
+        loss=config.distillation.loss,
+        dtypes=dtypes,
+        spikes=spikes,
+        skipped=skipped,
+        model=model,
+        args=arguments,
+        train_dataset=order,
+        data_collator=partial(collate, isolate=config.distillation.dataset.packing == "isolate"),
+    )
+    try:
+        trainer.train(resume_from_checkpoint=str(run.checkpoint(latest) / TRAINING_STATE) if inside else None)
+    finally:
+        trainer.progress.close()
+
+
+def _student_and_groups(
+    run: Run, stage: Stage, latest: int
+) -> tuple[Any, dict[str, torch.dtype], list[ParameterGroup]]:
+    """The student of checkpoint `latest` in fp32, the types it is stored in, and what of it trains (it is printed)."""
+    config = run.config
+    model, dtypes = load_student(run.checkpoint(latest), config, resumed=latest > 0)
+    if latest == 0 and config.distillation.training.balance_factors:
+        balance_factors(model)
     groups = parameter_groups(
         list(model.named_parameters()),
         trainable=stage.trainable,
@@ -119,7 +207,6 @@ def _train_stage(run: Run, stage: Stage, order: TrainingOrder, teacher: TeacherS
         default_multiplier=config.distillation.default_lr_multiplier,
         stage=stage.name,
     )
-    set_trainable(model, groups)
     if _is_main():
         title = f"stage {stage.name}: steps {stage.first_step + 1} to {stage.last_step}"
         Console().print(group_table(model, groups, title=title, learning_rate=stage.learning_rate))
@@ -127,117 +214,51 @@ def _train_stage(run: Run, stage: Stage, order: TrainingOrder, teacher: TeacherS
             _say(
                 f"note: {stage.warmup_steps} warm-up steps in a stage of {stage.steps}: the full rate is never reached"
             )
-    trainer = DistillationTrainer(
-        run=run,
-        stage=stage,
-        groups=groups,
-        teacher=teacher if stage.alpha > 0 else None,
-        loss=config.distillation.loss,
-        dtypes=dtypes,
-        model=model,
-        args=arguments,
-        train_dataset=order,
-        data_collator=partial(collate, isolate=config.distillation.dataset.packing == "isolate"),
-    )
-    inside = latest > stage.first_step
-    trainer.train(resume_from_checkpoint=str(checkpoint / TRAINING_STATE) if inside else None)
+    return model, dtypes, groups
 
 
-def load_student(checkpoint: Path, config: Config, *, resumed: bool) -> tuple[Any, dict[str, torch.dtype]]:
-    """The student in fp32, and the types its tensors are stored in.
-
-    Args:
-        checkpoint: the checkpoint to load.
-        config: the settings of the run.
-        resumed: whether training wrote it, so that its fp32 weights are there too.
-    """
-    model = load_model(str(checkpoint), dtype="auto", trust_remote_code=config.model.trust_remote_code)
-    dtypes = stored_dtypes(model)
-    model.float()
-    if resumed:
-        load_master_weights(model, checkpoint)
-    return model, dtypes
+def _order(run: Run, stage: Stage, source: Any, per_step: int, skipped: int) -> TrainingOrder:
+    """The sequences of a stage; `skipped` steps of them were lost to spikes, in it or before."""
+    first = (stage.first_step + skipped) * per_step
+    return TrainingOrder(source, seed=run.config.seed, first=first, count=stage.steps * per_step)
 
 
-def training_arguments(config: Config, stage: Stage, output_dir: Path) -> TrainingArguments:
-    """The Trainer's arguments for one stage."""
-    training = config.distillation.training
-    if "wandb" in training.report_to:
-        os.environ.setdefault("WANDB_PROJECT", config.wandb_project)
-    cuda = torch.cuda.is_available()
-    arguments = TrainingArguments(
-        output_dir=str(output_dir),
-        run_name=config.experiment_name,
-        max_steps=stage.steps,
-        per_device_train_batch_size=training.per_device_train_batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
-        learning_rate=stage.learning_rate,
-        lr_scheduler_type=stage.lr_scheduler_type,
-        warmup_steps=stage.warmup_steps,
-        adam_beta1=training.adam_beta1,
-        adam_beta2=training.adam_beta2,
-        weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
-        bf16=training.bf16,
-        use_cpu=not cuda,
-        activation_checkpointing=training.gradient_checkpointing,
-        save_strategy="steps",
-        save_steps=training.save_steps,
-        logging_steps=training.logging_steps,
-        logging_nan_inf_filter=False,
-        report_to=list(training.report_to),
-        seed=config.seed,
-        train_sampling_strategy="sequential",
-        remove_unused_columns=False,
-        dataloader_num_workers=2 if cuda else 0,
-        dataloader_pin_memory=cuda,
-        fsdp=cast(Any, config.fsdp.enabled),  # declared as str for its command line
-        fsdp_config=_fsdp(config) if config.fsdp.enabled else None,
-    )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # several GPUs are for torchrun: DataParallel would replicate the student at every step
-    if config.fsdp.enabled:
-        from torch.distributed.fsdp import MixedPrecisionPolicy
-
-        arguments.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy(
-            param_dtype=getattr(torch, config.fsdp.param_dtype),
-            reduce_dtype=getattr(torch, config.fsdp.reduce_dtype),
-            output_dtype=torch.float32,
-        )
-    return arguments
+def _compares_layers(config: Config) -> bool:
+    return config.distillation.loss.router_weight > 0 or config.distillation.loss.hidden_weight > 0
 
 
-def _fsdp(config: Config) -> dict[str, Any]:
-    return {
-        "version": 2,
-        "reshard_after_forward": config.fsdp.sharding_strategy == "FULL_SHARD",
-        "cpu_offload": config.fsdp.cpu_offload,
-        "state_dict_type": "SHARDED_STATE_DICT",
-    }
-
-
-def _data_and_teacher(run: Run) -> tuple[Any, TeacherSource | None]:
-    """The sequences to train on, and the teacher of them: from the cache, or text and a live model."""
+def _data_and_teacher(run: Run) -> tuple[Any, Callable[[], TeacherSource | None]]:
+    """The sequences to train on, and what gives their teacher: from the cache, or a model, loaded when asked for."""
     config = run.config
     settings = config.distillation
-    alphas = [settings.loss.alpha if stage.alpha is None else stage.alpha for stage in settings.stages]
-    needed = max(alphas, default=settings.loss.alpha) > 0
+    alphas = [
+        settings.loss.alpha if stage.alpha is None else stage.alpha
+        for stage in settings.stages
+        if stage.kind == "train"
+    ]
+    needed = max(alphas, default=0.0 if settings.stages else settings.loss.alpha) > 0 or _compares_layers(config)
     tokenizer = load_tokenizer(str(run.checkpoint(0)), trust_remote_code=config.model.trust_remote_code)
     vocab_size = vocabulary_size(run.checkpoint(0), config)
     if settings.teacher.use_cached_logits and needed:
+        if _compares_layers(config):
+            raise UserError(
+                "distillation.loss.router_weight and hidden_weight compare layers that a cache does not hold; set "
+                "distillation.teacher.use_cached_logits=false or both weights to 0"
+            )
         cache = TeacherCache(run.teacher_logits_dir, expected_header(config, tokenizer))
         common_vocabulary(cache.vocab_size, vocab_size, tokenizer)
-        return cache, CachedTeacher(cache.encoder)
+        teacher = CachedTeacher(cache.encoder)
+        return cache, lambda: teacher
     rows = rows_in_memory(settings.dataset, tokenizer, config.seed)
     if not needed:
-        return rows, None
+        return rows, lambda: None
     path = teacher_path(config)
     teachers = load_tokenizer(str(path), trust_remote_code=config.model.trust_remote_code)
     if tokenizer_fingerprint(teachers) != tokenizer_fingerprint(tokenizer):
         raise UserError(f"teacher {path} has another tokenizer than the student; it cannot teach it token by token")
     common_vocabulary(vocabulary_size(path, config), vocab_size, tokenizer)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    return rows, LiveTeacher(load_teacher(config, device))
+    return rows, cache_result(lambda: LiveTeacher(load_teacher(config, device), settings.loss))
 
 
 def _forget_lines_after(log: Path, step: int) -> None:

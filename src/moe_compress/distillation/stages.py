@@ -29,6 +29,7 @@ class Stage:
     """One stage, from global step `first_step` on, for `steps` steps."""
 
     name: str
+    kind: str
     first_step: int
     steps: int
     trainable: tuple[str, ...]
@@ -53,7 +54,7 @@ def resolve_stages(config: DistillationConfig, *, sequences: int, sequences_per_
         sequences_per_step: sequences of one optimizer step, over all ranks.
 
     Raises:
-        UserError: a stage has no steps, or a value that is out of range.
+        UserError: a stage has no steps, or both steps and tokens, or a value that is out of range.
     """
     training = config.training
     if config.stages:
@@ -66,10 +67,12 @@ def resolve_stages(config: DistillationConfig, *, sequences: int, sequences_per_
     stages: list[Stage] = []
     first = 0
     for number, item in enumerate(listed, start=1):
+        name = item.name or f"stage{number}"
         stage = Stage(
-            name=item.name or f"stage{number}",
+            name=name,
+            kind=item.kind,
             first_step=first,
-            steps=item.steps,
+            steps=_steps(name, item, sequences_per_step * config.dataset.max_length),
             trainable=tuple(item.trainable),
             learning_rate=_either(item.learning_rate, training.learning_rate),
             lr_scheduler_type=_either(item.lr_scheduler_type, training.lr_scheduler_type),
@@ -83,6 +86,16 @@ def resolve_stages(config: DistillationConfig, *, sequences: int, sequences_per_
     return stages
 
 
+def _steps(name: str, item: StageConfig, tokens_per_step: int) -> int:
+    if item.tokens is None:
+        return item.steps
+    if item.steps:
+        raise UserError(
+            f"distillation stage '{name}': steps={item.steps} and tokens={item.tokens} are both set; keep one"
+        )
+    return math.ceil(item.tokens / tokens_per_step)
+
+
 def _either(own: T | None, common: T) -> T:
     return common if own is None else own
 
@@ -91,8 +104,8 @@ def _check(stage: Stage) -> None:
     where = f"distillation stage '{stage.name}'"
     if stage.steps < 1:
         raise UserError(
-            f"{where}: steps={stage.steps} must be at least 1 (set it in distillation.stages, or max_steps or "
-            "num_train_epochs in distillation.training)"
+            f"{where}: steps={stage.steps} must be at least 1 (set steps or tokens in distillation.stages, or "
+            "max_steps or num_train_epochs in distillation.training)"
         )
     if not 0 <= stage.alpha <= 1:
         raise UserError(f"{where}: alpha={stage.alpha} must be between 0 and 1")

@@ -1,4 +1,4 @@
-"""The teacher behind one interface: `CachedTeacher` unpacks what the cache holds, `LiveTeacher` runs the model."""
+"""The teacher behind one interface: `CachedTeacher` unpacks what the cache holds, `live.LiveTeacher` runs the model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from moe_compress.config import Config
+from moe_compress.distillation.chunks import TeacherHead
 from moe_compress.distillation.encoders import Encoder, encoder_settings
 from moe_compress.distillation.fingerprints import teacher_fingerprint, tokenizer_fingerprint
 from moe_compress.distillation.manifest import FORMAT_VERSION, Header, dataset_settings
-from moe_compress.distillation.targets import DenseTargets, TeacherTargets
+from moe_compress.distillation.targets import TeacherTargets
 from moe_compress.errors import UserError
 from moe_compress.modeling import load_model, resolve_model_path
 
@@ -23,7 +24,9 @@ from moe_compress.modeling import load_model, resolve_model_path
 class TeacherSource(Protocol):
     """Targets for the tokens of a batch."""
 
-    def __call__(self, inputs: Mapping[str, Tensor], record: Mapping[str, Tensor] | None) -> TeacherTargets:
+    def __call__(
+        self, inputs: Mapping[str, Tensor], record: Mapping[str, Tensor] | None
+    ) -> TeacherTargets | TeacherHead:
         """Targets `[batch, length, ...]` for what a model is called with, `input_ids` and perhaps `position_ids`
         `[batch, length]`; `record` is what the data set holds beside it."""
 
@@ -38,17 +41,6 @@ class CachedTeacher:
         if record is None:
             raise ValueError("a cached teacher needs the batch's record")
         return self.encoder.decode(record)
-
-
-class LiveTeacher:
-    """Targets from a model that runs beside the student."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model.eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def __call__(self, inputs: Mapping[str, Tensor], record: Mapping[str, Tensor] | None) -> TeacherTargets:
-        return DenseTargets(self.model(**inputs, use_cache=False).logits)
 
 
 def teacher_path(config: Config) -> Path:

@@ -15,8 +15,11 @@ from transformers import ProgressCallback, Trainer
 
 from moe_compress.config import LossConfig
 from moe_compress.distillation.checkpoints import TRAINING_STATE, rotate, save_master_weights, save_student
-from moe_compress.distillation.losses import distillation_loss
+from moe_compress.distillation.measures import gradient_norms, memory_bytes
+from moe_compress.distillation.objective import PARTS, Objective
 from moe_compress.distillation.parameters import ParameterGroup
+from moe_compress.distillation.progress import StageProgress
+from moe_compress.distillation.spikes import SPIKE_LOG, RollBack, SpikeDetector
 from moe_compress.distillation.stages import Stage
 from moe_compress.distillation.teachers import TeacherSource
 from moe_compress.errors import UserError
@@ -39,8 +42,10 @@ class DistillationTrainer(Trainer):
         stage: its step range, loss weights and learning rate.
         groups: what trains, and how fast (`parameters.parameter_groups`).
         teacher: targets of a batch; None trains on cross-entropy alone.
-        loss: tail and reduction.
+        loss: divergence, tail, reduction, and terms that compare the layers.
         dtypes: type in which each tensor of the student is stored.
+        spikes: what watches for spikes; None where nothing does.
+        skipped: by how many steps spikes have moved the data on so far.
         kwargs: of the Trainer.
     """
 
@@ -56,6 +61,8 @@ class DistillationTrainer(Trainer):
         teacher: TeacherSource | None,
         loss: LossConfig,
         dtypes: Mapping[str, torch.dtype],
+        spikes: SpikeDetector | None = None,
+        skipped: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -66,14 +73,18 @@ class DistillationTrainer(Trainer):
         self.run = run
         self.stage = stage
         self.groups = groups
-        self.teacher = teacher
-        self.loss_options: dict[str, Any] = {"tail": loss.tail, "kl_reduction": loss.kl_reduction}
+        self.objective = Objective(self.model, teacher, stage, loss)
         self.dtypes = dtypes
+        self.spikes = spikes
+        self.skipped = skipped
         self._saving: Path | None = None
-        self._sums = torch.zeros(3, dtype=torch.float64)
+        self._sums = torch.zeros(len(PARTS), dtype=torch.float64)
+        self._step_loss = torch.zeros(())
+        self._norms: dict[str, float] = {}
         self._logged_at = time.perf_counter()
         self.remove_callback(ProgressCallback)
-        self.add_callback(StageProgress(stage))
+        self.progress = StageProgress(stage)
+        self.add_callback(self.progress)
 
     # Optimizer
 
@@ -103,11 +114,43 @@ class DistillationTrainer(Trainer):
         group = self.optimizer.param_groups[0]
         return float(group["lr"] / group["lr_multiplier"])
 
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        self._measure_gradients()
+        return super()._clip_grad_norm(model)
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The last look at the gradients before the optimizer takes its step."""
+        if grad_norm is None:  # nothing is clipped
+            self._measure_gradients()
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if norm is not None and not torch.isfinite(torch.as_tensor(norm)):
             self._stop(f"the gradient norm became {float(norm)}")
+        if self.spikes is not None:
+            self._watch(model, self.spikes, float(norm))
         return norm
+
+    def _measure_gradients(self) -> None:
+        step = self.state.global_step + 1
+        if step % self.args.logging_steps == 0 or step % self.args.save_steps == 0 or step == self.stage.last_step:
+            self._norms = gradient_norms(self.model)
+
+    def _watch(self, model: nn.Module, spikes: SpikeDetector, norm: float) -> None:
+        """Leave this step's update out, or go back, if the step is a spike; all ranks decide alike."""
+        loss = float(self.accelerator.reduce(self._step_loss, "sum"))
+        self._step_loss = torch.zeros_like(self._step_loss)
+        spike = spikes.check(loss, norm)
+        if spike is None:
+            return
+        step, action = self.state.global_step + 1, spikes.settings.action
+        if self.is_world_process_zero():
+            line = {"step": step, "stage": self.stage.name, "action": action, **spike.facts(), "time": time.time()}
+            append_line(self.run.logs_dir / SPIKE_LOG, line)
+            print(f"spike at step {step}: {spike}; {action}", flush=True)
+        if action == "rollback":
+            raise RollBack(step)
+        if spikes.in_a_row > spikes.settings.limit:
+            self._stop(f"the last {spikes.in_a_row} steps were spikes ({spike})")
+        model.zero_grad()  # an optimizer leaves parameters without a gradient alone, and their momenta too
 
     # Loss
 
@@ -118,7 +161,7 @@ class DistillationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The blended loss, divided by the labelled tokens of the whole optimizer step.
+        """The loss of a batch, divided by the labelled tokens of the whole optimizer step.
 
         Raises:
             UserError: it is not finite, or no token of the step has a label.
@@ -127,26 +170,17 @@ class DistillationTrainer(Trainer):
         record = inputs.pop("teacher", None)
         if num_items_in_batch is not None and int(num_items_in_batch) == 0:
             self._stop("all labels of a batch are masked (-100)")
-        targets = self.teacher(inputs, record) if self.teacher is not None else None
-        outputs = model(**inputs, use_cache=False)
-        parts = distillation_loss(
-            outputs.logits,
-            labels,
-            targets,
-            alpha=self.stage.alpha,
-            temperature=self.stage.temperature,
-            normalizer=num_items_in_batch,
-            **self.loss_options,
-        )
-        loss = parts.loss
+        measured = self.objective(model, inputs, labels, record, num_items_in_batch)
+        loss = measured.loss
+        if not torch.isfinite(loss):
+            self._stop(f"the loss became {float(loss.detach())}")
+        self._sums = self._sums.to(loss.device) + measured.sums
+        if self.spikes is not None:
+            self._step_loss = self._step_loss.to(loss.device) + loss.detach()
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # The normalizer counts the tokens of all ranks, and the gradients are then averaged over the ranks.
             loss = loss * self.accelerator.num_processes
-        if not torch.isfinite(loss):
-            self._stop(f"the loss became {float(loss.detach())}")
-        sums = torch.stack([parts.ce, parts.kl, parts.ce.new_tensor(parts.tokens)]).double()
-        self._sums = self._sums.to(sums.device) + sums
-        return (loss, outputs) if return_outputs else loss
+        return (loss, {}) if return_outputs else loss
 
     def _stop(self, reason: str) -> None:
         steps = [step for step, _ in self.run.checkpoints()]
@@ -170,21 +204,24 @@ class DistillationTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the parts of the loss and the speed, and write `RUN/logs/train.jsonl`."""
         step = "loss" in logs
-        if step:
-            ce, kl, labelled = self.accelerator.reduce(self._sums, "sum").tolist()
-            now = time.perf_counter()
-            logs["ce"] = ce / max(labelled, 1)
-            if self.teacher is not None:
-                logs["kl"] = kl / max(labelled, 1)
-            logs["tokens_per_second"] = labelled / (now - self._logged_at)
-            self._sums = torch.zeros_like(self._sums)
-            self._logged_at = now
-        super().log(logs, start_time)
-        if step and self.is_world_process_zero():
-            rates = {group.pattern: logs["learning_rate"] * group.lr_multiplier for group in self.groups}
+        if not step:
+            return super().log(logs, start_time)
+        sums = dict(zip(PARTS, self.accelerator.reduce(self._sums, "sum").tolist(), strict=True))
+        labelled, now = sums["tokens"], time.perf_counter()
+        logs |= {name: sums[name] / max(labelled, 1) for name in self.objective.parts}
+        logs["tokens_per_second"] = labelled / (now - self._logged_at)
+        self._sums = torch.zeros_like(self._sums)
+        self._logged_at = now
+        rates = {group.pattern: logs["learning_rate"] * group.lr_multiplier for group in self.groups}
+        memory = memory_bytes()
+        # Trackers draw numbers, so what is nested in our lines is flat for them.
+        flat = {f"learning_rate/{pattern}": rate for pattern, rate in rates.items()}
+        flat |= {f"grad_norm/{kind}": norm for kind, norm in self._norms.items()} | {"memory_bytes": memory}
+        super().log({**logs, **flat}, start_time)
+        if self.is_world_process_zero():
             line = {"step": self.state.global_step, "stage": self.stage.name}
             line |= {key: value for key, value in logs.items() if key != "epoch"}
-            line |= {"learning_rates": rates, "time": time.time()}
+            line |= {"learning_rates": rates, "grad_norms": self._norms, "memory_bytes": memory, "time": time.time()}
             append_line(self.run.logs_dir / TRAIN_LOG, line)
 
     # Checkpoints
@@ -217,43 +254,16 @@ class DistillationTrainer(Trainer):
         if self._saving is None or output_dir is None:
             return super().save_model(output_dir, _internal_call)
         student: Any = self.accelerator.unwrap_model(self.model)
-        # Under FSDP gathering the whole state is a collective: every rank takes part, rank 0 gets it.
-        state = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else student.state_dict()
+        # Gathering a sharded state is a collective: every rank takes part, rank 0 gets it.
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        state = self.accelerator.get_state_dict(self.model_wrapped) if sharded else student.state_dict()
         if self.is_world_process_zero():
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             save_student(student, state, self.dtypes, self._saving, self.run.checkpoint(0))
             save_master_weights(state, self.dtypes, Path(output_dir))
+            if self.spikes is not None:
+                self.spikes.save(Path(output_dir), self.skipped)
         return None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing: the student was loaded from the checkpoint, fp32 weights included, before the Trainer was made."""
-
-
-class StageProgress(ProgressCallback):
-    """One bar over all steps of the distillation so far, with the stage's name and the latest numbers."""
-
-    def __init__(self, stage: Stage) -> None:
-        super().__init__()
-        self.stage = stage
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        self.current_step = state.global_step
-        if self.training_bar is not None:
-            self.training_bar.mininterval = 1.0
-            self.training_bar.set_description(f"distil: {self.stage.name}")
-            self.training_bar.initial = state.global_step
-            self.training_bar.n = state.global_step
-            self.training_bar.refresh()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_step_end(args, state, control, **kwargs)
-        # So that an average of the log never spans a checkpoint, and a resumed run logs what an uninterrupted one does.
-        control.should_log = control.should_log or control.should_save
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if self.training_bar is not None and logs:
-            shown = {"loss": "loss", "ce": "ce", "kl": "kl", "tokens_per_second": "tok/s"}
-            numbers = {short: f"{logs[name]:.4g}" for name, short in shown.items() if name in logs}
-            if numbers:
-                self.training_bar.set_postfix(numbers, refresh=False)
