@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_compress.config import GenerationConfig
 from moe_compress.distillation import encoders
 from moe_compress.distillation.encoders import SampleEncoder, TopKEncoder, encoder_settings, make_encoder
-from moe_compress.distillation.losses import kl_divergence
+from moe_compress.distillation.losses import divergence
 from moe_compress.distillation.targets import DenseTargets, SampledTargets
 from moe_compress.errors import UserError
 
@@ -53,13 +53,13 @@ def test_the_expected_target_and_gradient_are_the_dense_ones(drawn_at: float, as
     assert_mean(dense(targets, asked_at), p)
 
     asked = student.expand(repeats, IDS).clone().requires_grad_()
-    estimate = kl_divergence(asked, targets, asked_at)
+    estimate = divergence(asked, targets, asked_at)
     (slopes,) = torch.autograd.grad(estimate.sum(), asked)
     exact = student[None].clone().requires_grad_()
-    divergence = kl_divergence(exact, DenseTargets(teacher), asked_at)
-    (slope,) = torch.autograd.grad(divergence.sum(), exact)
+    truth = divergence(exact, DenseTargets(teacher), asked_at)
+    (slope,) = torch.autograd.grad(truth.sum(), exact)
     assert_mean(slopes, slope[0])
-    assert_mean(estimate.detach()[:, None], divergence.detach())
+    assert_mean(estimate.detach()[:, None], truth.detach())
 
 
 def test_draws_depend_on_seed_and_sequence_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,8 +116,8 @@ def test_padding_of_the_vocabulary_may_be_cut(encoder: TopKEncoder | SampleEncod
     assert int(targets.indices.max()) < IDS and targets.vocab_size == IDS
     narrow = type(encoder)(**{**vars(encoder), "vocab_size": IDS})
     torch.testing.assert_close(
-        kl_divergence(student, targets, 1.0),
-        kl_divergence(student, targets_of(narrow, logits[:, :IDS]), 1.0),
+        divergence(student, targets, 1.0),
+        divergence(student, targets_of(narrow, logits[:, :IDS]), 1.0),
         atol=3e-3,
         rtol=1e-3,
     )
