@@ -77,7 +77,7 @@ def test_the_terms_get_smaller_where_they_are_trained_on(teacher_dir: Path, comp
         sum(terms).backward()
         optimizer.step()
         optimizer.zero_grad()
-        values.append([float(term) for term in terms])
+        values.append([float(term.detach()) for term in terms])
     assert all(last < 0.8 * first for first, last in zip(values[0], values[-1], strict=True))
 
 
