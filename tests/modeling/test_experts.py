@@ -19,13 +19,13 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from moe_compress.errors import UserError
 from moe_compress.factorization.factors import DeltaFactors, WrapperFactors
-from moe_compress.modeling import routing
+from moe_compress.modeling import expert_mm, experts, grouped_mm
 from moe_compress.modeling.experts import SharedCoreExperts
 from moe_compress.modeling.find import describe_experts, to_native
 
 EXPERTS, HIDDEN, INTERMEDIATE = 5, 12, 6
 KINDS = ("gated", "gpt_oss", "no_gate", "transposed")
-PATHS = ("grouped", "gathered")
+PATHS = ("grouped", "by row")
 
 
 def original(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -114,15 +114,15 @@ def assert_same(module: nn.Module, replacement: SharedCoreExperts, inputs: Any, 
 
 @pytest.fixture(params=PATHS)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways through the factors, by moving the limit between them."""
+    """Both ways through the factors; by row, that is by bags without a gradient and by gathering with one."""
     force(request.param, monkeypatch)
     return request.param
 
 
 def force(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routing, "_GATHER_LIMIT", {"cpu": 0 if path == "grouped" else 2**40})
-    other = "GatheredRouting" if path == "grouped" else "GroupedRouting"
-    monkeypatch.setattr(routing, other, lambda *_: pytest.fail(f"{other} was used"))
+    monkeypatch.setattr(experts, "by_row", lambda *_: path == "by row")
+    if path == "by row":
+        monkeypatch.setattr(expert_mm, "grouped_mm", lambda *_: pytest.fail("grouped_mm was used"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -212,15 +212,15 @@ def test_autocast_computes_in_bf16_and_differentiates_in_fp32(kind: str, paramet
 
 def test_autocast_reaches_the_grouped_gemms(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are not among the operations that autocast casts by itself."""
-    monkeypatch.setattr(routing, "_GATHER_LIMIT", {"cpu": 0})
+    force("grouped", monkeypatch)
     seen = set()
 
     def spy(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         seen.update({rows.dtype, weight.dtype})
         return grouped_mm(rows, weight, offsets)
 
-    grouped_mm = routing.grouped_mm
-    monkeypatch.setattr(routing, "grouped_mm", spy)
+    grouped_mm = expert_mm.grouped_mm
+    monkeypatch.setattr(expert_mm, "grouped_mm", spy)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         shared(original("gated"))(*route(4, 2))
     assert seen == {torch.bfloat16}
@@ -241,7 +241,7 @@ def test_no_grad_gives_the_same_values(path: str) -> None:
     with torch.no_grad():
         quiet = replacement(*inputs)
     assert not quiet.requires_grad
-    assert torch.equal(quiet, replacement(*inputs).detach())
+    torch.testing.assert_close(quiet, replacement(*inputs).detach())
 
 
 def test_weights_in_fp32_keep_the_dtype_of_the_activations(path: str) -> None:
@@ -304,15 +304,15 @@ def test_the_forward_pass_never_waits_for_the_device() -> None:
         replacement = SharedCoreExperts(module, layout, parameterization)  # type: ignore[arg-type]
         hidden = torch.empty(7, HIDDEN, dtype=torch.bfloat16, device="meta", requires_grad=True)
         index = torch.empty(7, 2, dtype=torch.long, device="meta")
-        for limit in (0, 2**40):
+        for path in PATHS:
             with pytest.MonkeyPatch.context() as monkeypatch:
-                monkeypatch.setattr(routing, "_GATHER_LIMIT", {"meta": limit})
+                force(path, monkeypatch)
                 out = replacement(hidden, index, torch.empty(7, 2, dtype=torch.bfloat16, device="meta"))
             assert out.shape == (7, HIDDEN)
 
 
 def test_compiles_into_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routing, "_GATHER_LIMIT", {"cpu": 0})
+    force("grouped", monkeypatch)
     replacement = shared(original("gpt_oss", torch.bfloat16), "wrapper", rank=8)
     hidden, index, weights = route(6, 2)
     inputs = (hidden.bfloat16(), index, weights.bfloat16())
@@ -338,19 +338,30 @@ def test_the_core_multiplies_each_token_once() -> None:
     assert core_flops(1) == core_flops(EXPERTS) == 2 * 4 * cores
 
 
-def test_few_rows_are_gathered_and_many_are_sorted() -> None:
-    index, weights = torch.zeros(4, 2, dtype=torch.long), torch.ones(4, 2)
-    assert type(routing.choose_routing(100, index, weights, 3)) is routing.GatheredRouting
-    assert (
-        type(routing.choose_routing(100, index.repeat(1000, 1), weights.repeat(1000, 1), 3)) is routing.GroupedRouting
-    )
-    assert type(routing.choose_routing(10**8, index, weights, 3)) is routing.GroupedRouting
+def test_few_rows_are_multiplied_one_by_one() -> None:
+    weight = torch.zeros(4, 16, 8)
+    with torch.no_grad():
+        assert expert_mm.by_row(4, weight) and not expert_mm.by_row(400, weight)
+    assert not expert_mm.by_row(4, weight)  # with a gradient, on a CPU
+    assert expert_mm.by_row(4, weight.to("meta"))
+    assert not expert_mm.by_row(2**20, weight.to("meta"))
+
+
+def test_decoding_reads_only_the_chosen_experts(path: str) -> None:
+    replacement = shared(original("gated"))
+    hidden, index, weights = route(1, 2, experts=EXPERTS - 2)
+    with torch.no_grad():
+        expected = replacement(hidden, index, weights)
+        for name, parameter in replacement.named_parameters():
+            if "delta" in name:
+                parameter[EXPERTS - 2 :] = float("nan")
+        torch.testing.assert_close(replacement(hidden, index, weights), expected)
 
 
 def test_grouped_mm_takes_an_expanded_gradient() -> None:
-    rows, weight = torch.randn(4, 8, requires_grad=True), torch.randn(2, 4, 8, requires_grad=True)
-    routing.grouped_mm(rows, weight, torch.tensor([1, 4], dtype=torch.int32)).sum().backward()
-    torch.testing.assert_close(rows.grad, weight.detach().sum(1)[[0, 1, 1, 1]])
+    rows, weight = torch.randn(4, 8, requires_grad=True), torch.randn(2, 8, 4, requires_grad=True)
+    grouped_mm.grouped_mm(rows, weight, torch.tensor([1, 4], dtype=torch.int32)).sum().backward()
+    torch.testing.assert_close(rows.grad, weight.detach().sum(2)[[0, 1, 1, 1]])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

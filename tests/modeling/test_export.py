@@ -99,7 +99,7 @@ def test_bf16_rounds_once(all_saved: dict[tuple[str, str], Path], tmp_path: Path
     output = export_dense(source, tmp_path / "dense", dtype="bfloat16")
     model = load_model(source, dtype="bfloat16")
     module = model.model.layers[0].mlp.experts
-    exact = module.down_proj.float() + module.down_proj_delta_out.float() @ module.down_proj_delta_in.float()
+    exact = module.down_proj.float() + (module.down_proj_delta_in.float() @ module.down_proj_delta_out.float()).mT
     stored = load_file(output / "model.safetensors")["model.layers.0.mlp.experts.2.down_proj.weight"]
     assert torch.equal(stored, exact[2].to(torch.bfloat16))
 

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe_compress.config import Config
 from moe_compress.errors import UserError
 from moe_compress.evaluation.machine import choose_device, describe_machine
-from moe_compress.evaluation.speed import CORE, SVD, TOKENS, layer_speed, model_speed, random_layer, same_bytes_layout
+from moe_compress.evaluation.model_speed import model_speed
+from moe_compress.evaluation.roofline import Rates, measure_rates
+from moe_compress.evaluation.speed import CORE, SVD, TOKENS, layer_speed, random_layer, same_bytes_layout
+from moe_compress.evaluation.speed_tables import Grid, layer_grids, model_grid, write_speed
 from moe_compress.factorization import DeltaFactors, uniform_ranks
+from moe_compress.factorization.budget import break_even
 from moe_compress.modeling import (
     ExpertsModule,
     compress_in_memory,
@@ -36,11 +41,15 @@ from moe_compress.modeling.tensors import Layout
 LayerLayout = dict[str, Layout]
 
 
-def bench(config: Config) -> dict[str, Any]:
+def bench(config: Config, output: Path | None = None) -> dict[str, Any]:
     """Time `model.name` against its compressed form, print the tables, and return their figures.
 
     An original model is compared with random factors at the ranks of the settings; a compressed checkpoint with the
     original of its shapes, and as a whole with the teacher that the settings (or its run) name.
+
+    Args:
+        config: the settings.
+        output: a directory for `speed.json` and `speed.md`.
 
     Raises:
         UserError: no such model, a dense model, or a budget that cannot be reached.
@@ -51,10 +60,15 @@ def bench(config: Config) -> dict[str, Any]:
     raw = getattr(model_config, "quantization_config", None)
     layouts = raw["layers"] if isinstance(raw, dict) else getattr(raw, "layers", None)
     dtype = _dtype(config, model_config)
+    rates = measure_rates(dtype, device)
     found: dict[str, Any] = {"machine": describe_machine(), "device": str(device), "dtype": str(dtype)[6:]}
-    found["layers"] = bench_layers(model_config, layouts, config, dtype, device)
+    found["rates"] = asdict(rates)
+    found["layers"] = bench_layers(model_config, layouts, config, dtype, device, rates=rates)
+    grids: list[Grid] = []
     for layer in found["layers"]:
-        console.print(layer_table(layer, found))
+        grids += layer_grids(layer, found)
+        console.print(grids[-1].rich())
+        console.print("\n".join(break_even_lines(layer)), highlight=False)
     models = _whole_models(config, compressed=layouts is not None, device=device)
     if models is None:
         console.print(
@@ -62,7 +76,10 @@ def bench(config: Config) -> dict[str, Any]:
         )
     else:
         found["model"] = model_speed(*models, seed=config.seed)
-        console.print(model_table(found["model"], found))
+        grids.append(model_grid(found["model"], found))
+        console.print(grids[-1].rich())
+    if output is not None:
+        write_speed(output, found, grids)
     return found
 
 
@@ -74,7 +91,9 @@ def bench_layers(
     device: torch.device,
     *,
     tokens: Sequence[int] = TOKENS,
+    training: Sequence[int] = (),
     seconds: float = 2.0,
+    rates: Rates | None = None,
 ) -> list[dict[str, Any]]:
     """Time one layer of each kind (shapes and ranks) that a model has.
 
@@ -83,11 +102,13 @@ def bench_layers(
         layouts: the layouts of a compressed checkpoint by module name; None plans them from `config.compression`.
         config: the settings.
         dtype, device: what to time in, and where.
-        tokens, seconds: see `layer_speed`.
+        tokens, seconds, rates: see `layer_speed`.
+        training: numbers of tokens for which forward and backward are timed as well.
 
     Returns:
         A dict per kind: `module` (the first of its kind), `count`, `experts`, `top_k`, `hidden_size`,
-        `intermediate_size`, `layouts` by variant, and `rows` as `layer_speed` gives them.
+        `intermediate_size`, `kept` (share of the bytes), `layouts` by variant, `rows` (and `training`) as `layer_speed`
+        gives them, and `faster_below`: by number of tokens, the delta ranks below which the shared core is faster.
     """
     model = _meta_model(model_config)
     experts = find_experts(model)
@@ -107,21 +128,59 @@ def bench_layers(
         core = random_layer(original, planned[facts.name], config.seed)
         layers = {CORE: core, SVD: random_layer(original, same_bytes_layout(core), config.seed)}
         top_k = experts_per_token(model, facts.name)
-        results.append(
-            {
-                "module": facts.name,
-                "count": len(same),
-                "experts": facts.num_experts,
-                "top_k": top_k,
-                "hidden_size": facts.hidden_size,
-                "intermediate_size": facts.intermediate_size,
-                "kept": _bytes(core) / _bytes(original),
-                "layouts": {name: layer.layout for name, layer in layers.items()},
-                "rows": layer_speed(original, layers, top_k=top_k, tokens=tokens, seconds=seconds, seed=config.seed),
-            }
-        )
+        timed = partial(layer_speed, original, layers, top_k=top_k, seconds=seconds, seed=config.seed, rates=rates)
+        rows = timed(tokens=tokens)
+        result = {
+            "module": facts.name,
+            "count": len(same),
+            "experts": facts.num_experts,
+            "top_k": top_k,
+            "hidden_size": facts.hidden_size,
+            "intermediate_size": facts.intermediate_size,
+            "kept": _bytes(core) / _bytes(original),
+            "layouts": {name: layer.layout for name, layer in layers.items()},
+            "rows": rows,
+            "faster_below": faster_below(facts, planned[facts.name], top_k, rows),
+        }
+        if training:
+            result["training"] = timed(tokens=training, training=True)
+        results.append(result)
         original.to_empty(device="meta")
     return results
+
+
+def faster_below(
+    experts: ExpertsModule, layout: LayerLayout, top_k: int, rows: Sequence[Mapping[str, Any]]
+) -> dict[int, dict[str, int]]:
+    """The delta ranks at which the shared core would be as fast as the fastest original, by number of tokens.
+
+    All ranks of the layer are scaled alike. The time of a layer is taken to be its multiply-adds, times what one of
+    them was measured to take here at the present ranks. A rank of 0 means: at no rank.
+    """
+    share = {
+        row["tokens"]: break_even(
+            [(*experts.projections[name][1:], own["delta_rank"], own["cores"]) for name, own in layout.items()],
+            top_k,
+            speedup=row["speedup"],
+        )
+        for row in rows
+        if row["variant"] == CORE
+    }
+    return {
+        tokens: {name: int(scale * own["delta_rank"]) for name, own in layout.items()} for tokens, scale in share.items()
+    }
+
+
+def break_even_lines(layer: Mapping[str, Any]) -> list[str]:
+    """Says for which numbers of tokens the shared core is slower than the original, and what rank would change it."""
+    lines = []
+    speedups = {row["tokens"]: row["speedup"] for row in layer["rows"] if row["variant"] == CORE}
+    for tokens, ranks in layer["faster_below"].items():
+        compared = "faster" if speedups[tokens] >= 1 else "slower"
+        estimate = ", ".join(f"{name} {rank}" for name, rank in ranks.items())
+        until = f"even at about delta rank {estimate}" if all(ranks.values()) else "slower at any rank"
+        lines.append(f"{tokens:,} tokens: {speedups[tokens]:.2f}x, {compared} than the fastest original; {until}.")
+    return lines
 
 
 def plan_layouts(experts: list[ExpertsModule], config: Config, dtype: torch.dtype) -> dict[str, LayerLayout]:
@@ -171,63 +230,6 @@ def is_local(name: str) -> bool:
     return name == "reference" or Path(name).is_dir()
 
 
-def layer_table(layer: Mapping[str, Any], found: Mapping[str, Any]) -> Table:
-    """The times of one kind of layer: a row per variant, a column per number of tokens."""
-    tokens = list(dict.fromkeys(row["tokens"] for row in layer["rows"]))
-    ranks = {name: projection["delta_rank"] for name, projection in layer["layouts"][CORE].items()}
-    table = Table(
-        title=f"{layer['module']}: {layer['experts']} experts, top {layer['top_k']}, hidden {layer['hidden_size']}, "
-        f"intermediate {layer['intermediate_size']}; {layer['kept']:.1%} of the bytes, delta ranks {ranks}",
-        caption=f"ms per layer, median (quartiles), and speed against the fastest original; {_conditions(found)}",
-        title_justify="left",
-        caption_justify="left",
-    )
-    table.add_column("")
-    for number in tokens:
-        table.add_column(f"{number:,} token{'s' if number > 1 else ''}", justify="right")
-    for variant in dict.fromkeys(row["variant"] for row in layer["rows"]):
-        by_tokens = {row["tokens"]: row for row in layer["rows"] if row["variant"] == variant}
-        cells = [
-            f"{row['ms']:.3g}  [bold]{row['speedup']:.2f}x[/bold]\n"
-            f"[dim]({row['ms_low']:.3g}-{row['ms_high']:.3g})[/dim]"
-            if (row := by_tokens.get(number))
-            else ""
-            for number in tokens
-        ]
-        table.add_row(variant, *cells)
-    return table
-
-
-def model_table(speed: Mapping[str, Any], found: Mapping[str, Any]) -> Table:
-    """Tokens per second of the whole model."""
-    table = Table(
-        title="Whole model, one sequence",
-        caption=f"tokens per second, median (quartiles), and speed against the fastest original; {_conditions(found)}",
-        title_justify="left",
-        caption_justify="left",
-    )
-    table.add_column("")
-    table.add_column(f"reading {speed['prefill_tokens']} tokens", justify="right")
-    table.add_column(f"writing {speed['decode_tokens']} tokens", justify="right")
-    for row in speed["rows"]:
-        cells = [
-            f"{row[kind]:,.0f}  [bold]{row[f'{kind}_speedup']:.2f}x[/bold]\n"
-            f"[dim]({row[f'{kind}_low']:,.0f}-{row[f'{kind}_high']:,.0f})[/dim]"
-            if kind in row
-            else ""
-            for kind in ("prefill", "decode")
-        ]
-        table.add_row(row["variant"], *cells)
-    return table
-
-
-def _conditions(found: Mapping[str, Any]) -> str:
-    machine = found["machine"]
-    where = machine["cpu"] if found["device"] == "cpu" else f"{found['device']} ({', '.join(machine['gpus'])})"
-    threads = f"{machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
-    return f"{found['dtype']}, {where}, {threads}, torch {machine['versions'].get('torch')}"
-
-
 def _whole_models(config: Config, *, compressed: bool, device: torch.device) -> tuple[Any, dict[str, Any]] | None:
     """The original model and its compressed forms, or None when the weights are not at hand."""
 
@@ -240,16 +242,23 @@ def _whole_models(config: Config, *, compressed: bool, device: torch.device) -> 
     if compressed:
         teacher = config.distillation.teacher.model_path or _teacher_of(Path(config.model.name))
         return (load(teacher), {CORE: fold_in_memory(load(config.model.name))}) if teacher else None
-    original, student = load(config.model.name), load(config.model.name)
-    experts = find_experts(student)
-    layouts = plan_layouts(experts, config, student.dtype)
+    original = load(config.model.name)
+    return original, {CORE: random_student(original, config)}
+
+
+def random_student(original: Any, config: Config) -> Any:
+    """A copy of a model with random factors at the ranks of the settings: speed does not depend on them."""
+    experts = find_experts(original)
+    layouts = plan_layouts(experts, config, original.dtype)
     results = {
         facts.name: {
             name: _random_factors(shape, layouts[facts.name][name]) for name, shape in facts.projections.items()
         }
         for facts in experts
     }
-    return original, {CORE: compress_in_memory(student, results)}
+    # Everything but the experts is shared with the original.
+    shared = {id(parameter): parameter for parameter in original.parameters()}
+    return compress_in_memory(copy.deepcopy(original, shared), results)
 
 
 def _teacher_of(checkpoint: Path) -> str | None:

@@ -30,6 +30,19 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def free_bytes(device: torch.device) -> int:
+    """Memory of a device that could be allocated now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return _memory_bytes() // 2
+
+
 def choose_device(config: Config) -> torch.device:
     """The first of `evaluation.devices`, or else the GPU with the most free memory (of `gpu_ids`), or the CPU.
 

@@ -1,4 +1,4 @@
-"""Speed side by side: one MoE layer in milliseconds, the whole model in tokens per second, all in one interleaved run.
+"""Speed of one MoE layer, side by side in one interleaved run: forward, and forward with backward.
 
 The rivals of the shared core are the original experts under each implementation that Transformers has for them, and
 per-expert SVD factors of the same bytes, which need no core and so do fewer multiply-adds.
@@ -6,19 +6,22 @@ per-expert SVD factors of the same bytes, which need no core and so do fewer mul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moe_compress.evaluation.routing import expert_modules
+from moe_compress.evaluation.memory import allocated_by
+from moe_compress.evaluation.roofline import Rates, layer_work
 from moe_compress.evaluation.timing import Timing, time_interleaved
-from moe_compress.modeling.experts import SharedCoreExperts
+from moe_compress.modeling.experts import SharedCoreExperts, find_shared_cores
 from moe_compress.modeling.find import describe_experts
-from moe_compress.modeling.tensors import Layout
+from moe_compress.modeling.tensors import Layout, factor_tensors
 
 CORE, SVD = "shared core", "per-expert SVD"
 TOKENS = (1, 16, 512)
@@ -27,9 +30,10 @@ _BATCHED_TOKENS = 16
 _BATCHED_BYTES = 2**30
 # Inputs to rotate through, so that a decoding step does not find all its experts in the cache of the step before.
 _INPUTS = 8
-
-Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
-
+# In a model the layers take turns: a layer never finds its weights in the cache. So a small one is timed as several
+# copies in turn, until they take more than any cache has; but not more than a model has layers.
+_COLD_BYTES = 2**28
+_MOST_COPIES = 16
 
 @dataclass(frozen=True)
 class LayerInputs:
@@ -50,20 +54,35 @@ def layer_inputs(
     return LayerInputs(hidden, index.to(device), (weights / weights.sum(-1, keepdim=True)).to(device, dtype))
 
 
-def original_forwards(experts: nn.Module, tokens: int, top_k: int) -> dict[str, Forward]:
-    """The original experts under each implementation that makes sense for so many tokens, by name."""
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute a layer.
 
-    def forward(implementation: str) -> Forward:
+    Attributes:
+        copies: the same module one or several times, to be used in turn.
+        implementation: the one of Transformers' that is used for an original; None for the module's own forward.
+    """
+
+    copies: Sequence[nn.Module]
+    implementation: str | None = None
+
+    def __call__(self, number: int, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """The output [T, H] of the copy whose turn it is."""
+        module = self.copies[number % len(self.copies)]
+        if self.implementation is None:
+            return module(hidden, index, weights)
         # As the dispatcher of `use_experts_implementation` does, without touching the module's config.
-        plain = type(experts).forward.__wrapped__  # type: ignore[attr-defined]
-        function = ALL_EXPERTS_FUNCTIONS.get_interface(implementation, plain)
-        return lambda hidden, index, weights: function(experts, hidden, index, weights)
+        plain = type(module).forward.__wrapped__  # type: ignore[attr-defined]
+        return ALL_EXPERTS_FUNCTIONS.get_interface(self.implementation, plain)(module, hidden, index, weights)
 
+
+def original_variants(copies: Sequence[nn.Module], tokens: int, top_k: int) -> dict[str, Variant]:
+    """The original experts under each implementation that makes sense for so many tokens, by name."""
     names = ["eager", "grouped_mm"]
-    gathered = tokens * top_k * sum(parameter[0].nbytes for parameter in experts.parameters())
+    gathered = tokens * top_k * sum(parameter[0].nbytes for parameter in copies[0].parameters())
     if tokens <= _BATCHED_TOKENS and gathered <= _BATCHED_BYTES:
         names.append("batched_mm")
-    return {f"original, {name}": forward(name) for name in names}
+    return {f"original, {name}": Variant(copies, name) for name in names}
 
 
 def layer_speed(
@@ -74,6 +93,8 @@ def layer_speed(
     tokens: Sequence[int] = TOKENS,
     seconds: float = 1.0,
     seed: int = 0,
+    rates: Rates | None = None,
+    training: bool = False,
 ) -> list[dict[str, Any]]:
     """Time one MoE layer, without router and shared experts.
 
@@ -84,13 +105,19 @@ def layer_speed(
         tokens: tokens per call.
         seconds: time to spend per number of tokens.
         seed: seed of hidden states and routing.
+        rates: of this machine; adds the roofline to each row.
+        training: forward and backward, with gradients of everything, instead of the forward pass alone.
 
     Returns:
         A dict per number of tokens and variant: `tokens`, `variant`, `ms` (median), `ms_low`, `ms_high` (quartiles),
-        `samples`, and `speedup`: time of the fastest original over this one's.
+        `samples`, and `speedup`: time of the fastest original over this one's. With `rates`, `roofline_ms`, the least
+        time on this machine. With `training`, `kept_bytes`, what the forward pass keeps for the backward pass, and
+        `peak_bytes`, the most that is allocated beyond weights and inputs, gradients included.
     """
     facts = describe_experts("experts", original)
     parameter = next(original.parameters())
+    modules = {"": original, **compressed}
+    copies = {name: [module] if training else _copies(module) for name, module in modules.items()}
     rows = []
     for number in tokens:
         inputs = [
@@ -100,87 +127,50 @@ def layer_speed(
             )
             for each in range(_INPUTS)
         ]  # fmt: skip
-        forwards: dict[str, Forward] = {**original_forwards(original, number, top_k), **compressed}
-        with torch.inference_mode():
+        variants = original_variants(copies[""], number, top_k)
+        variants |= {name: Variant(copies[name]) for name in compressed}
+        call = _train if training else _infer
+        with torch.inference_mode(not training), torch.set_grad_enabled(training):
             timings = time_interleaved(
-                {name: _bind(forward, inputs) for name, forward in forwards.items()}, parameter.device, seconds=seconds
+                {name: partial(call, variant, inputs) for name, variant in variants.items()},
+                parameter.device,
+                seconds=seconds,
             )
         best = min(timing.median for name, timing in timings.items() if name not in compressed)
         for name, timing in timings.items():
-            row = {"tokens": number, "variant": name, **_milliseconds(timing)}
-            rows.append({**row, "speedup": best / timing.median})
+            row = {"tokens": number, "variant": name, **_milliseconds(timing), "speedup": best / timing.median}
+            if rates is not None:
+                least = sum(layer_work(variants[name].copies[0], each.index).seconds(rates) for each in inputs)
+                # Backward multiplies twice what forward does; reads the weights again and writes as many gradients.
+                row["roofline_ms"] = 1e3 * least / len(inputs) * (3 if training else 1)
+            if training:
+                row |= _training_memory(variants[name], inputs[0], parameter.device)
+            rows.append(row)
     return rows
 
 
-def model_speed(
-    original: Any,
-    compressed: Mapping[str, Any],
-    *,
-    prefill_tokens: int = 512,
-    decode_tokens: int = 32,
-    seconds: float = 6.0,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Time the whole model: reading a prompt, and writing with `generate`, one sequence at a time.
+def _infer(variant: Variant, inputs: Sequence[LayerInputs], number: int) -> Tensor:
+    each = inputs[number % len(inputs)]
+    return variant(number, each.hidden, each.index, each.weights)
 
-    Args:
-        original: the original model.
-        compressed: name to compressed model.
-        prefill_tokens: length of the prompt that is read.
-        decode_tokens: tokens that are written, greedily, after a prompt of 16.
-        seconds: time to spend on each of the two.
-        seed: seed of the prompt's tokens.
 
-    Returns:
-        `rows`: a dict per variant with `variant`, `prefill` and `decode` in tokens per second (median, with `_low` and
-        `_high` quartiles) and `prefill_speedup`, `decode_speedup` over the fastest original (no `prefill` for
-        batched_mm, which is meant for few tokens); and the two lengths.
-    """
-    config = original.config.get_text_config()
-    most = getattr(config, "max_position_embeddings", None) or prefill_tokens
-    prefill_tokens = min(prefill_tokens, most)
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(config.vocab_size, (1, prefill_tokens), generator=generator).to(original.device)
-    configs: list[Any] = list({id(m.config): m.config for m in expert_modules(original).values()}.values())
+def _train(variant: Variant, inputs: Sequence[LayerInputs], number: int) -> object:
+    """Forward and backward; the gradients are freed after each call, as `zero_grad` does."""
+    out, leaves = _forward_with_gradient(variant, inputs[number % len(inputs)])
+    return torch.autograd.grad(out, leaves, torch.ones_like(out))
 
-    def selected(model: Any, implementation: str | None) -> Any:
-        for each in configs if implementation else ():
-            each._experts_implementation = implementation
-        return model
 
-    def read(model: Any, implementation: str | None) -> Callable[[int], object]:
-        return lambda _: selected(model, implementation)(input_ids=ids, use_cache=False, logits_to_keep=1)
+def _forward_with_gradient(variant: Variant, inputs: LayerInputs) -> tuple[Tensor, list[Tensor]]:
+    hidden, weights = inputs.hidden.detach().requires_grad_(), inputs.weights.detach().requires_grad_()
+    parameters = [parameter for parameter in variant.copies[0].parameters() if parameter.requires_grad]
+    return variant(0, hidden, inputs.index, weights), [hidden, weights, *parameters]
 
-    def write(model: Any, implementation: str | None) -> Callable[[int], object]:
-        prompt = ids[:, :16]
-        return lambda _: selected(model, implementation).generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=decode_tokens,
-            min_new_tokens=decode_tokens,
-            do_sample=False,
-            pad_token_id=0,
-        )
 
-    def timed(make: Callable[..., Callable[[int], object]], implementations: Sequence[str]) -> dict[str, Timing]:
-        calls = {f"original, {name}": make(original, name) for name in implementations}
-        calls |= {name: make(model, None) for name, model in compressed.items()}
-        return time_interleaved(calls, ids.device, seconds=seconds, least_rounds=5)
-
-    before = original.config._experts_implementation
-    try:
-        with torch.inference_mode():
-            prefill = timed(read, ("eager", "grouped_mm"))
-            decode = timed(write, ("eager", "grouped_mm", "batched_mm"))
-    finally:
-        selected(original, before)
-    rows: dict[str, dict[str, Any]] = {name: {"variant": name} for name in decode}
-    for kind, tokens, timings in (("prefill", prefill_tokens, prefill), ("decode", decode_tokens, decode)):
-        best = min(timing.median for name, timing in timings.items() if name not in compressed)
-        for name, timing in timings.items():
-            rows[name] |= {kind: tokens / timing.median, f"{kind}_low": tokens / timing.high}
-            rows[name] |= {f"{kind}_high": tokens / timing.low, f"{kind}_speedup": best / timing.median}
-    return {"prefill_tokens": prefill_tokens, "decode_tokens": decode_tokens, "rows": list(rows.values())}
+def _training_memory(variant: Variant, inputs: LayerInputs, device: torch.device) -> dict[str, int]:
+    with torch.enable_grad():
+        kept = allocated_by(lambda: _forward_with_gradient(variant, inputs), device).kept
+        peak = allocated_by(lambda: _train(variant, [inputs], 0), device).peak
+    return {"kept_bytes": kept, "peak_bytes": peak}
 
 
 def same_bytes_layout(core: SharedCoreExperts) -> dict[str, Layout]:
@@ -190,8 +180,9 @@ def same_bytes_layout(core: SharedCoreExperts) -> dict[str, Layout]:
     """
     layout: dict[str, Layout] = {}
     for projection, own in core.layout.items():
-        experts, rows, inner = getattr(core, f"{projection}_delta_out").shape
-        columns = getattr(core, f"{projection}_delta_in").shape[2]
+        experts, inner = core.num_experts, own["delta_rank"]
+        delta = core.factors(projection).fold()
+        rows, columns = delta.delta_out.shape[1], delta.delta_in.shape[2]
         rank = inner + own["cores"] * rows * columns // (experts * (rows + columns))
         layout[projection] = {"delta_rank": min(_aligned(rank), rows, columns), "cores": 0}
     return layout
@@ -204,37 +195,34 @@ def cut_to_aligned_ranks(model: nn.Module) -> nn.Module:
     The SVD baseline spends its bytes to the last rank. At a rank that is not aligned every call pays for padding,
     which would be unfair to hold against it.
     """
-    for module in model.modules():
-        if not isinstance(module, SharedCoreExperts):
-            continue
+    for module in find_shared_cores(model).values():
         for projection in module.projections:
-            rank = _aligned(module.layout[projection]["delta_rank"])
-            delta_out, delta_in = (getattr(module, f"{projection}_delta_{side}") for side in ("out", "in"))
-            setattr(module, f"{projection}_delta_out", nn.Parameter(delta_out[:, :, :rank].contiguous()))
-            setattr(module, f"{projection}_delta_in", nn.Parameter(delta_in[:, :rank].contiguous()))
+            delta = module.factors(projection).fold()
+            rank = _aligned(delta.delta_rank)
+            cut = replace(delta, delta_out=delta.delta_out[:, :, :rank], delta_in=delta.delta_in[:, :rank])
+            for name, tensor in factor_tensors(projection, cut).items():
+                if name != projection:
+                    setattr(module, name, nn.Parameter(tensor))
     return model
+
+
+def random_layer(original: nn.Module, layout: Mapping[str, Layout], seed: int = 0) -> SharedCoreExperts:
+    """A compressed layer of the given layout with random values: speed does not depend on them."""
+    layer = SharedCoreExperts(original, layout)
+    generator = torch.Generator(next(original.parameters()).device).manual_seed(seed)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(std=0.02, generator=generator)
+    return layer.eval()
 
 
 def _aligned(rank: int) -> int:
     return rank - rank % 8 if rank > 8 else rank
 
 
-def random_layer(original: nn.Module, layout: Mapping[str, Layout], seed: int = 0) -> SharedCoreExperts:
-    """A compressed layer of the given layout with random values: speed does not depend on them."""
-    layer = SharedCoreExperts(original, layout)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
-    return layer.eval()
-
-
-def _bind(forward: Forward, inputs: Sequence[LayerInputs]) -> Callable[[int], object]:
-    def call(number: int) -> object:
-        each = inputs[number % len(inputs)]
-        return forward(each.hidden, each.index, each.weights)
-
-    return call
+def _copies(module: nn.Module) -> list[nn.Module]:
+    size = sum(parameter.nbytes for parameter in module.parameters())
+    return [module, *(copy.deepcopy(module) for _ in range(min(_MOST_COPIES, -(-_COLD_BYTES // size)) - 1))]
 
 
 def _milliseconds(timing: Timing) -> dict[str, Any]:

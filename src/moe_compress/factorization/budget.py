@@ -7,7 +7,7 @@ delta of rank R; a wrapper of rank R / 2 per side costs the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 from moe_compress.errors import UserError
@@ -77,6 +77,26 @@ def rank_within(
     rank = (budget - fixed) // (projection_bytes(*shape, 1, cores, bytes_per_value) - fixed)
     rank = max(0, min(rank, largest_rank(shape, cores=cores, parameterization=parameterization)))
     return rank // multiple * multiple if rank >= multiple else rank // unit * unit
+
+
+def break_even(projections: Sequence[tuple[int, int, int, int]], top_k: int, *, speedup: float) -> float:
+    """By what the delta ranks of a layer may be multiplied until it is no faster than the original experts.
+
+    The count is of multiply-adds per token: each core once, each of k experts' deltas; as many parameters are read for
+    one token. What a multiply-add takes, compared with the original's, is known from a measured speed.
+
+    Args:
+        projections: (out, in, delta rank, cores) of each projection of the layer.
+        top_k: experts per token k.
+        speedup: how many times faster than the original the layer is at these ranks.
+
+    Returns:
+        A factor, 0 where the cores alone take longer than the original.
+    """
+    core = sum(min(cores, top_k) * rows * columns for rows, columns, _, cores in projections)
+    delta = sum(top_k * rank * (rows + columns) for rows, columns, rank, _ in projections)
+    # The time is in proportion to core + delta, and the original takes `speedup` times it.
+    return max(0.0, ((core + delta) * speedup - core) / delta)
 
 
 def uniform_ranks(

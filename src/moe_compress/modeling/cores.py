@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_compress.factorization.factors import DeltaFactors
-from moe_compress.modeling.routing import Routing, grouped_rows
+from moe_compress.modeling.grouped_mm import grouped_mm
+from moe_compress.modeling.routing import Routing
 
 
 def spread_products(tokens: Tensor, factors: DeltaFactors, routing: Routing) -> Tensor:
@@ -34,7 +35,7 @@ def spread_products(tokens: Tensor, factors: DeltaFactors, routing: Routing) -> 
 
 
 def collect_products(rows: Tensor, factors: DeltaFactors, routing: Routing) -> Tensor:
-    """The sum over the rows of each token of the row times the core of its expert.
+    """The sum over the rows of each token of the row times the core of its expert, times the routing weight.
 
     Args:
         rows: [S, in], in the order of the routing's rows.
@@ -45,13 +46,13 @@ def collect_products(rows: Tensor, factors: DeltaFactors, routing: Routing) -> T
     """
     assert factors.core is not None
     if factors.groups is None:
-        return F.linear(routing.collect(rows), factors.core)
+        return F.linear(routing.collect(rows, routing.weights), factors.core)
     if factors.cores > routing.top_k:
-        return routing.collect(_row_products(rows, factors, routing))
+        return routing.collect(_row_products(rows, factors, routing), routing.weights)
     group = factors.groups[routing.experts][:, None]
     out = rows.new_zeros(routing.num_tokens, factors.delta_out.shape[1])
     for number, core in enumerate(factors.core.view(factors.cores, -1, rows.shape[1])):
-        out = out + F.linear(routing.collect(rows.masked_fill(group != number, 0.0)), core)
+        out = out + F.linear(routing.collect(rows, routing.weights.masked_fill(group != number, 0.0)), core)
     return out
 
 
@@ -62,4 +63,4 @@ def _row_products(rows: Tensor, factors: DeltaFactors, routing: Routing) -> Tens
     numbers = torch.arange(factors.cores, device=group.device)
     offsets = torch.searchsorted(group, numbers, right=True, out_int32=True)
     cores = factors.core.view(factors.cores, -1, rows.shape[1])
-    return grouped_rows(rows.index_select(0, order), cores, offsets).index_select(0, order.argsort())
+    return grouped_mm(rows.index_select(0, order), cores.mT, offsets).index_select(0, order.argsort())

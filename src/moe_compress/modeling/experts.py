@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from moe_compress.errors import UserError
 from moe_compress.factorization.factors import Factors, WrapperFactors
 from moe_compress.modeling.cores import collect_products, spread_products
+from moe_compress.modeling.expert_mm import by_row, low_rank
 from moe_compress.modeling.find import describe_experts, up_projection
-from moe_compress.modeling.routing import choose_routing
+from moe_compress.modeling.routing import Routing
 from moe_compress.modeling.tensors import (
     Layout,
     Parameterization,
@@ -47,9 +48,9 @@ class SharedCoreExperts(nn.Module):
     It carries over the plain attributes of the module it replaces (activation, limits, config ...) and calls that
     class's own `_apply_gate`, so that one class serves every architecture.
 
-    Parameters, for each projection P (`gate_up_proj` or `up_proj`, and `down_proj`), always as [out, in]:
+    Parameters, for each projection P (`gate_up_proj` or `up_proj`, and `down_proj`):
         P: the core [out, in], or G cores one below the other, or the empty [0, in].
-        P_delta_out [E, out, R] and P_delta_in [E, R, in], or for the wrapper
+        P_delta_in [E, in, R] and P_delta_out [E, R, out], or for the wrapper
         P_u_out, P_v_out [E, out, r] and P_u_in, P_v_in [E, in, r].
         P_bias: [E, out], where the original has biases.
     """
@@ -191,25 +192,27 @@ class SharedCoreExperts(nn.Module):
         up, down = self.factors(up_name).fold(), self.factors(down_name).fold()
         dtype = _compute_dtype(hidden_states.device.type, up.delta_in.dtype)
         up, down = cast_factors(up, dtype), cast_factors(down, dtype)
-        values_per_expert = max(side.delta_in[0].numel() + side.delta_out[0].numel() for side in (up, down))
-        routing = choose_routing(values_per_expert, top_k_index, top_k_weights, self.num_experts)
+        few = all(by_row(top_k_index.numel(), side) for delta in (up, down) for side in (delta.delta_in, delta.delta_out))
+        routing = Routing(top_k_index, top_k_weights, self.num_experts, by_row=few)
 
         # A token without any expert may hold anything, even NaN; it must not reach the core, nor its gradient.
         tokens = hidden_states.to(dtype).masked_fill(routing.padded.all(dim=1, keepdim=True), 0.0)
-        inner = routing.low_rank(routing.spread(tokens), up.delta_in, up.delta_out)
+        inner = low_rank(routing.spread(tokens), up.delta_in.mT, up.delta_out.mT, routing)
         if up.core is not None:
-            inner = inner + spread_products(tokens, up, routing)
+            inner = _sum(inner, spread_products(tokens, up, routing))
         bias = self.bias(up_name)
         if bias is not None:
-            inner = inner + bias.to(dtype).index_select(0, routing.experts)
-        weighted = (self._gate(inner) * routing.weights).to(dtype)
+            inner = _sum(inner, bias.to(dtype).index_select(0, routing.experts))
+        rows = self._gate(inner)
 
-        out = routing.collect(routing.low_rank(weighted, down.delta_in, down.delta_out))
+        # The routing weight is applied where it costs least: to the delta's inner values, and in the sum over experts.
+        scale = routing.weights.to(dtype)
+        out = routing.collect(low_rank(rows, down.delta_in.mT, down.delta_out.mT, routing, scale=scale))
         if down.core is not None:
-            out = out + collect_products(weighted, down, routing)
+            out = _sum(out, collect_products(rows, down, routing))
         bias = self.bias(down_name)
         if bias is not None:
-            out = out + F.linear(routing.dense_weights().to(dtype), bias.to(dtype).mT)
+            out = _sum(out, F.linear(routing.dense_weights().to(dtype), bias.to(dtype).mT))
         return out.to(hidden_states.dtype)
 
     def _gate(self, inner: Tensor) -> Tensor:
@@ -223,6 +226,11 @@ class SharedCoreExperts(nn.Module):
             f"{name}: rank {value['delta_rank']}, {value['cores']} core(s)" for name, value in self.layout.items()
         )
         return f"{self.original_class.__name__}, {self.num_experts} experts, {self.parameterization}, {layout}"
+
+
+def _sum(first: Tensor, second: Tensor) -> Tensor:
+    """Their sum, which takes the place of `first` where no gradient needs it: a buffer less to fill."""
+    return first + second if torch.is_grad_enabled() else first.add_(second)
 
 
 def _compute_dtype(device_type: str, stored: torch.dtype) -> torch.dtype:

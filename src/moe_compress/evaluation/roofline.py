@@ -1,0 +1,72 @@
+"""What a machine allows: the time that the bytes and the multiplications of a MoE layer take at its measured rates.
+
+A layer cannot be faster than the larger of two times (Williams, Waterman & Patterson 2009, "Roofline"): reading the
+weights that its tokens use once, at the rate at which this machine copies memory, and multiplying, at the rate of its
+largest GEMM.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moe_compress.evaluation.timing import time_interleaved
+from moe_compress.modeling.experts import SharedCoreExperts
+
+_COPIED_BYTES = 2**27  # far above any cache
+_GEMM_SIZE = 2048
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a machine reached: bytes read and written per second when copying, FLOPs per second in one large GEMM."""
+
+    bytes_per_second: float
+    flops_per_second: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one forward pass of a layer cannot do without: bytes of weights to read, FLOPs (two per multiply-add)."""
+
+    bytes: int
+    flops: int
+
+    def seconds(self, rates: Rates) -> float:
+        """The least time it can take at these rates."""
+        return max(self.bytes / rates.bytes_per_second, self.flops / rates.flops_per_second)
+
+
+def measure_rates(dtype: torch.dtype, device: torch.device, *, seconds: float = 1.0) -> Rates:
+    """Time a copy and a GEMM of `dtype` on this machine, with the threads that are set."""
+    source = torch.zeros(_COPIED_BYTES, dtype=torch.uint8, device=device)
+    target = torch.ones_like(source)
+    matrix = torch.randn(_GEMM_SIZE, _GEMM_SIZE, device=device).to(dtype)
+    calls = {"copy": lambda _: target.copy_(source), "gemm": lambda _: matrix @ matrix}
+    with torch.inference_mode():
+        # The quartile, not the median: a roof is what can be reached.
+        times = {name: timing.low for name, timing in time_interleaved(calls, device, seconds=seconds).items()}
+    return Rates(2 * _COPIED_BYTES / times["copy"], 2 * _GEMM_SIZE**3 / times["gemm"])
+
+
+def layer_work(experts: nn.Module, index: Tensor) -> Work:
+    """The work of an experts module, original or compressed (folded), for tokens routed by `index` [T, k].
+
+    Cores are read once, and multiplied once per token where there are no more of them than experts per token.
+    """
+    tokens, top_k = index.shape
+    chosen = index.unique().numel()
+    read = multiplied = 0
+    for name, parameter in experts.named_parameters(recurse=False):
+        units, used, per_token = parameter.shape[0], chosen, top_k
+        if isinstance(experts, SharedCoreExperts) and name in experts.projections:
+            units = experts.layout[name]["cores"]
+            used, per_token = min(units, tokens * top_k), min(units, top_k)
+        if units == 0:
+            continue
+        size = parameter.numel() // units
+        read += used * size * parameter.element_size()
+        multiplied += per_token * size * (parameter.dim() > 1 and not name.endswith("_bias"))
+    return Work(read, 2 * tokens * multiplied)

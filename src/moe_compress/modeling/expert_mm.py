@@ -1,0 +1,74 @@
+"""Rows times the matrices of their own experts: the product that the low-rank part is made of, in three ways.
+
+* `grouped`: a GEMM per expert over its sorted rows; for many rows, and for training.
+* `bagged`, on a CPU: each output is a sum of rows of the expert's matrix, weighted by the input, which is what
+  `embedding_bag` computes: it reads the matrices of the chosen experts where they lie, at several times the speed of
+  a GEMM of one row in 16-bit types, and leaves the other experts alone.
+* `gathered`, on a GPU: a copy of the chosen matrices and one batched GEMM: few launches, no sort.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_compress.modeling.grouped_mm import grouped_mm
+from moe_compress.modeling.routing import Routing
+
+# Rows per expert up to which reading each row's matrix by itself is faster than a GEMM per expert (docs/SPEED.md).
+_BAGGED_ROWS_PER_EXPERT = 2.0
+# Values copied by gathering, up to which the copy hides behind the launches of the sort and a dozen small kernels.
+_GATHERED_VALUES = 2**24
+
+
+def by_row(rows: int, weight: Tensor) -> bool:
+    """Whether few enough rows [S] go through `weight` [E, in, out] that each is better multiplied by itself."""
+    if weight.device.type == "cpu":
+        # The gradient of a bag is slow.
+        return not torch.is_grad_enabled() and rows <= _BAGGED_ROWS_PER_EXPERT * weight.shape[0]
+    return rows * weight.shape[1] * weight.shape[2] <= _GATHERED_VALUES
+
+
+def expert_mm(rows: Tensor, weight: Tensor, routing: Routing) -> Tensor:
+    """`x weight_e` of every row x, where e is the row's expert.
+
+    Args:
+        rows: [S, in], in the order of the routing's rows.
+        weight: [E, in, out]; fastest when contiguous.
+
+    Returns:
+        [S, out].
+    """
+    if not routing.by_row:
+        return grouped_mm(rows, weight, routing.offsets)
+    if rows.device.type == "cpu" and not torch.is_grad_enabled():
+        return _bagged(rows, weight, routing.experts)
+    return torch.bmm(rows.unsqueeze(1), weight[routing.experts]).squeeze(1)
+
+
+def low_rank(
+    rows: Tensor, delta_in: Tensor, delta_out: Tensor, routing: Routing, *, scale: Tensor | None = None
+) -> Tensor:
+    """`(x delta_in_e) delta_out_e` of every row x; 0 for padding.
+
+    Args:
+        rows: [S, in], in the order of the routing's rows.
+        delta_in: [E, in, R].
+        delta_out: [E, R, out].
+        scale: [S, 1], a factor for each row.
+
+    Returns:
+        [S, out].
+    """
+    inner = expert_mm(rows, delta_in, routing)
+    if scale is not None:
+        inner = inner * scale
+    return expert_mm(inner.masked_fill(routing.padding, 0.0), delta_out, routing)
+
+
+def _bagged(rows: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
+    count, in_features, out_features = weight.shape
+    dtype = torch.int32 if count * in_features < 2**31 else torch.int64
+    index = experts.to(dtype)[:, None] * in_features + torch.arange(in_features, dtype=dtype, device=experts.device)
+    return F.embedding_bag(index, weight.reshape(-1, out_features), per_sample_weights=rows, mode="sum")
