@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -11,20 +12,25 @@ from transformers import OlmoeConfig
 from moe_compress.config import Config
 from moe_compress.errors import UserError
 from moe_compress.evaluation import bench as bench_module
+from moe_compress.evaluation import model_speed as model_module
 from moe_compress.evaluation import speed as speed_module
 from moe_compress.evaluation import timing
-from moe_compress.evaluation.bench import bench, bench_layers
+from moe_compress.evaluation.bench import bench, bench_layers, break_even_lines, random_student
+from moe_compress.evaluation.memory import allocated_by
+from moe_compress.evaluation.model_speed import model_speed
+from moe_compress.evaluation.roofline import Rates, Work, layer_work
 from moe_compress.evaluation.speed import (
     CORE,
     SVD,
+    Variant,
     cut_to_aligned_ranks,
     layer_inputs,
     layer_speed,
-    model_speed,
-    original_forwards,
+    original_variants,
     random_layer,
     same_bytes_layout,
 )
+from moe_compress.evaluation.speed_tables import Grid
 from moe_compress.evaluation.timing import time_interleaved
 from moe_compress.modeling import find_experts, find_shared_cores
 
@@ -37,6 +43,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(timing, "_MOST_CALLS", 1)
+    monkeypatch.setattr(speed_module, "_MOST_COPIES", 2)
 
 
 def test_rounds_are_interleaved_and_rotate():
@@ -63,13 +70,13 @@ def test_every_original_implementation_computes_the_layer():
     with torch.no_grad():
         expected = experts(inputs.hidden, inputs.index, inputs.weights)
         outputs = {
-            name: forward(inputs.hidden, inputs.index, inputs.weights)
-            for name, forward in original_forwards(experts, 5, 2).items()
+            name: variant(0, inputs.hidden, inputs.index, inputs.weights)
+            for name, variant in original_variants([experts], 5, 2).items()
         }
     assert list(outputs) == ["original, eager", "original, grouped_mm", "original, batched_mm"]
     for output in outputs.values():
         torch.testing.assert_close(output, expected)
-    assert "original, batched_mm" not in original_forwards(experts, 17, 2)
+    assert "original, batched_mm" not in original_variants([experts], 17, 2)
 
 
 def test_inputs_are_routed_like_a_router_does():
@@ -108,9 +115,11 @@ def fixed_times(monkeypatch):
         for call in calls.values():
             call(0)
         seconds = {"original, eager": 8.0, "original, grouped_mm": 4.0, "original, batched_mm": 6.0, CORE: 2.0}
-        return {name: timing.Timing(seconds[name], seconds[name] / 2, seconds[name] * 2, 3) for name in calls}
+        times = {name: seconds.get(name, 3.0) for name in calls}
+        return {name: timing.Timing(each, each / 2, each * 2, 3) for name, each in times.items()}
 
-    monkeypatch.setattr(speed_module, "time_interleaved", fixed)
+    for module in (speed_module, model_module):
+        monkeypatch.setattr(module, "time_interleaved", fixed)
 
 
 def test_layer_speed_compares_with_the_fastest_original(fixed_times):
@@ -124,10 +133,90 @@ def test_layer_speed_compares_with_the_fastest_original(fixed_times):
     assert [rows[0][key] for key in ("ms", "ms_low", "ms_high", "samples")] == [8000, 4000, 16000, 3]
 
 
+def test_small_layers_are_timed_as_copies_in_turn(monkeypatch):
+    seen: dict[int, int] = {}
+    layer = torch.nn.Linear(1, 1)
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, *_: seen.update({id(self): len(seen)}))
+    copies = speed_module._copies(layer)
+    for number in range(4):
+        Variant(copies)(number, *(torch.zeros(0),) * 3)
+    assert len(seen) == 2 and id(layer) in seen
+    monkeypatch.setattr(speed_module, "_COLD_BYTES", 8)
+    assert len(speed_module._copies(layer)) == 1  # as large as it needs to be
+
+
+def test_training_is_timed_with_all_gradients_and_its_memory_measured(fixed_times):
+    original = find_experts(make_model())[0].module
+    layer = random_layer(original, LAYOUT)
+    rows = layer_speed(original, {CORE: layer}, top_k=2, tokens=(40,), training=True)
+    assert [row["variant"] for row in rows] == ["original, eager", "original, grouped_mm", CORE]
+    gradients = {id(module): sum(p.nbytes for p in module.parameters()) for module in (original, layer)}
+    for row, module in zip(rows, (original, original, layer), strict=True):
+        assert 0 < row["kept_bytes"] < row["peak_bytes"]
+        assert row["peak_bytes"] >= gradients[id(module)]
+
+
+def test_work_counts_the_core_once_and_each_chosen_expert():
+    original = find_experts(make_model())[0].module
+    core = random_layer(original, LAYOUT)
+    index = torch.tensor([[0, 1], [1, 2], [1, 0]])
+    up, down = (core.factors(name).core.numel() for name in core.projections)
+    deltas = sum(p[0].numel() for name, p in core.named_parameters() if "delta" in name)
+    assert layer_work(core, index) == Work(4 * (up + down + 3 * deltas), 2 * 3 * (up + down + 2 * deltas))
+    each = sum(p[0].numel() for p in original.parameters())
+    assert layer_work(original, index) == Work(4 * 3 * each, 2 * 3 * 2 * each)
+    assert Work(100, 30).seconds(Rates(10.0, 10.0)) == 10
+    assert Work(100, 300).seconds(Rates(10.0, 10.0)) == 30
+
+
+def test_allocations_are_followed():
+    def call():
+        scratch = torch.ones(1000, 1000)
+        return torch.ones(1000) + scratch[0]
+
+    found = allocated_by(call, CPU)
+    assert found.kept == 4000 and 4_004_000 <= found.peak < 4_100_000
+
+
+def test_the_rank_at_which_a_layer_is_as_fast(fixed_times):
+    model_config = OlmoeConfig(
+        vocab_size=11, hidden_size=64, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    config = Config()
+    config.compression.rank, config.compression.target_ratio = 4, None
+    (layer,) = bench_layers(model_config, None, config, torch.float32, CPU, tokens=(2,), seconds=0)
+    # Twice as fast with cores of 6144 and deltas of 2 * 8 * (128 + 96): it may count twice as many multiply-adds.
+    assert layer["faster_below"] == {2: {"gate_up_proj": 29, "down_proj": 29}}
+    assert break_even_lines(layer) == [
+        "2 tokens: 2.00x, faster than the fastest original; even at about delta rank gate_up_proj 29, down_proj 29."
+    ]
+    layer["faster_below"], layer["rows"][-2]["speedup"] = {2: {"gate_up_proj": 0, "down_proj": 0}}, 0.5
+    assert break_even_lines(layer) == ["2 tokens: 0.50x, slower than the fastest original; slower at any rank."]
+
+
+def test_a_random_student_shares_all_but_the_experts():
+    original, config = make_model(), Config()
+    config.compression.rank, config.compression.target_ratio = 4, None
+    student = random_student(original, config)
+    assert len(find_shared_cores(student)) == len(find_experts(original))
+    assert student.lm_head.weight is original.lm_head.weight
+    assert student.model.layers[0].self_attn.q_proj.weight is original.model.layers[0].self_attn.q_proj.weight
+
+
+def test_grids_are_markdown():
+    grid = Grid("Title", "Caption.", ["1 token"], [["core", "1  2.00x\n(1-2)"]])
+    assert grid.markdown().splitlines() == [
+        "**Title**", "", "|  | 1 token |", "|---|---:|", "| core | 1  2.00x; (1-2) |", "", "Caption.",
+    ]  # fmt: skip
+
+
 def test_model_speed_is_tokens_per_second(fixed_times):
     original = make_model()
     speed = model_speed(original, {CORE: mean_core(make_model())}, prefill_tokens=40, decode_tokens=3)
     core = next(row for row in speed["rows"] if row["variant"] == CORE)
+    weights, peak = core.pop("weight_bytes"), core.pop("peak_bytes")
+    assert weights < peak < 10 * weights
     assert core == {
         "variant": CORE, "prefill": 20.0, "prefill_low": 10.0, "prefill_high": 40.0, "prefill_speedup": 2.0,
         "decode": 1.5, "decode_low": 0.75, "decode_high": 3.0, "decode_speedup": 2.0,
@@ -160,7 +249,8 @@ def test_a_layer_is_timed_from_its_configuration_alone():
 
 
 @pytest.mark.parametrize("compressed", [False, True])
-def test_bench_prints_and_returns_tables(config, student_dir, capsys, monkeypatch, compressed):
+def test_bench_prints_writes_and_returns_tables(config, student_dir, tmp_path, capsys, monkeypatch, compressed):
+    monkeypatch.setattr(bench_module, "measure_rates", lambda *_: Rates(1e9, 1e9))
     for name in ("layer_speed", "model_speed"):
         function = getattr(bench_module, name)
         monkeypatch.setattr(
@@ -169,7 +259,9 @@ def test_bench_prints_and_returns_tables(config, student_dir, capsys, monkeypatc
     config.compression.rank = 4
     if compressed:
         config.distillation.teacher.model_path, config.model.name = config.model.name, str(student_dir)
-    found = bench(config)
+    found = bench(config, tmp_path / "speed")
+    assert json.loads((tmp_path / "speed/speed.json").read_text()) == json.loads(json.dumps(found))
+    assert "| shared core |" in (tmp_path / "speed/speed.md").read_text()
     assert found["layers"][0]["layouts"][CORE]["down_proj"]["delta_rank"] == 8
     printed = capsys.readouterr().out
     assert "per-expert SVD" in printed and "Whole model" in printed and f"{torch.get_num_threads()} thread" in printed
