@@ -153,7 +153,9 @@ def test_other_ranks_are_silent(recorder: Recorder, capsys: pytest.CaptureFixtur
 def test_plan_and_bench_take_settings_of_a_run(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Config] = []
     monkeypatch.setitem(sys.modules, "moe_compress.compression", SimpleNamespace(plan=seen.append))
-    monkeypatch.setitem(sys.modules, "moe_compress.evaluation", SimpleNamespace(bench=seen.append))
+    monkeypatch.setitem(
+        sys.modules, "moe_compress.evaluation", SimpleNamespace(bench=lambda config, output: seen.append(config))
+    )
     assert main(["compress", "run=r", "compression.iterations=3"]) == 0
     assert main(["plan", "run=r", "compression.target_ratio=0.4"]) == 0
     assert main(["bench", "run=r"]) == 0

@@ -184,6 +184,8 @@ def test_any_rank_and_dtype(dtype: torch.dtype, rank: int, path: str) -> None:
     for name, parameter in rounded.named_parameters():
         parameter.data = exact.get_parameter(name).data.to(dtype)
     out, found = gradients(rounded, rounded, inputs)
+    with torch.no_grad():
+        found["quiet"], expected["quiet"] = rounded(*inputs), expected_out
     assert out.dtype == dtype
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
     for value, wanted in [(out, expected_out), *((found[name], expected[name]) for name in found)]:
@@ -235,9 +237,16 @@ def test_autocast_accepts_16_bit_activations(path: str) -> None:
     torch.testing.assert_close(out.float(), replacement(hidden, index, weights).detach(), rtol=0.1, atol=0.1)
 
 
-def test_no_grad_gives_the_same_values(path: str) -> None:
-    replacement = shared(original("gpt_oss"), "wrapper")
-    inputs = route(5, 2)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("parameterization", "cores"), [("delta", 1), ("delta", 0), ("wrapper", 1)])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_no_grad_gives_the_same_values(
+    kind: str, parameterization: str, cores: int, tokens: int, path: str
+) -> None:
+    replacement = shared(original(kind), parameterization, cores, rank=6)
+    hidden, index, weights = route(tokens, 3)
+    index[0, 1] = EXPERTS  # padding
+    inputs = hidden, index, weights
     with torch.no_grad():
         quiet = replacement(*inputs)
     assert not quiet.requires_grad

@@ -92,10 +92,11 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "config of the wrapper": (_set(parameterization="wrapper"), "_u_"),
     "unknown parameterization": (_set(parameterization="other"), "'other' is not delta or wrapper"),
     "newer format": (_set(format_version=3), "format version 3"),
+    "older format": (_set(format_version=1), "format version 1"),
     "newer field": (_set(codebook=3), "unknown fields \\['codebook'\\]"),
     "no layers": (_set(layers={}), "names no layers"),
     "rank of nothing": (_layout("delta_rank", 0), "positive whole number"),
-    "two cores": (_layout("cores", 2), "format version 1 knows 0 and 1"),
+    "two cores": (_layout("cores", 2), "its groups must give each expert"),
 }
 
 

@@ -52,7 +52,7 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "--output": {
         "metavar": "DIR",
         "type": Path,
-        "help": "new directory for the result (default: reference-model, or inspection of `inspect`)",
+        "help": "directory for the result (default: reference-model, inspection of `inspect`, none of `bench`)",
     },
     "--sequences": {
         "metavar": "N",
@@ -141,11 +141,12 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
+    _name_model(options)
     config = _composed(options)
     _use_gpus(config)
     from moe_compress.evaluation import bench
 
-    bench(config)
+    bench(config, options.output)
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -281,6 +282,8 @@ COMMANDS: dict[str, Command] = {
     "bench": Command(
         "time one MoE layer and generation, original against compressed",
         _bench,
+        flags=("--output", "--config"),
+        usage="[MODEL] [--output DIR] [key=value ...]",
         reads=lambda key: (
             key in ("run", "gpu_ids", "seed") or key.startswith(("model.", "compression.", "evaluation."))
         ),

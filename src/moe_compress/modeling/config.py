@@ -11,7 +11,7 @@ from moe_compress.errors import UserError
 from moe_compress.modeling.tensors import Layout, Parameterization
 
 QUANT_METHOD = "shared_core"
-FORMAT_VERSIONS = (1, 2)  # 2 knows several cores per projection
+FORMAT_VERSION = 2  # 1 had one core per projection at most, and kept deltas as [E, out, R] and [E, R, in]
 
 
 @dataclass
@@ -24,7 +24,7 @@ class SharedCoreConfig(QuantizationConfigMixin):
             (twice the rank of a wrapper's side), and `cores`, 1, or 0 for plain low rank, or more; then also `groups`,
             the number of the core of each expert.
         parameterization: `delta` (core plus a free delta, which runs as it is) or `wrapper` (folded on the fly).
-        format_version: 1 where there is nowhere more than one core, else 2; None chooses it.
+        format_version: of the names and shapes of the tensors.
 
     Raises:
         UserError: values that no version of the format allows.
@@ -32,16 +32,16 @@ class SharedCoreConfig(QuantizationConfigMixin):
 
     layers: dict[str, dict[str, Layout]] = field(default_factory=dict)
     parameterization: Parameterization = "delta"
-    format_version: int | None = None
+    format_version: int = FORMAT_VERSION
     quant_method: str = QUANT_METHOD  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         if self.quant_method != QUANT_METHOD:
             raise UserError(f"quantization_config: quant_method is {self.quant_method!r}, not {QUANT_METHOD!r}")
-        if self.format_version is not None and self.format_version not in FORMAT_VERSIONS:
+        if self.format_version != FORMAT_VERSION:
             raise UserError(
                 f"quantization_config: the checkpoint has format version {self.format_version}, this moe-compress "
-                f"reads {' and '.join(map(str, FORMAT_VERSIONS))}; use the moe-compress that wrote it"
+                f"reads {FORMAT_VERSION}; use the moe-compress that wrote it"
             )
         if self.parameterization not in ("delta", "wrapper"):
             raise UserError(f"quantization_config: parameterization {self.parameterization!r} is not delta or wrapper")
@@ -50,9 +50,6 @@ class SharedCoreConfig(QuantizationConfigMixin):
         for name, projections in self.layers.items():
             for projection, layout in projections.items():
                 self._check(f"{name}.{projection}", layout)
-        if self.format_version is None:
-            grouped = (layout["cores"] > 1 for layer in self.layers.values() for layout in layer.values())
-            self.format_version = 2 if any(grouped) else 1
 
     def _check(self, where: str, layout: Any) -> None:
         if not isinstance(layout, dict) or set(layout) - {"groups"} != {"delta_rank", "cores"}:
@@ -62,8 +59,6 @@ class SharedCoreConfig(QuantizationConfigMixin):
             raise UserError(f"quantization_config: {where} has delta_rank {rank!r}; it must be a positive whole number")
         if not isinstance(cores, int) or cores < 0:
             raise UserError(f"quantization_config: {where} has {cores!r} cores; it must be a whole number")
-        if cores > 1 and self.format_version == 1:
-            raise UserError(f"quantization_config: {where} has {cores} cores; format version 1 knows 0 and 1")
         if cores < 2 and groups is not None:
             raise UserError(f"quantization_config: {where} has groups, but not several cores")
         if cores > 1 and (not isinstance(groups, list) or sorted(set(groups)) != list(range(cores))):

@@ -4,10 +4,13 @@
 * `bagged`, on a CPU: each output is a sum of rows of the expert's matrix, weighted by the input, which is what
   `embedding_bag` computes: it reads the matrices of the chosen experts where they lie, at several times the speed of
   a GEMM of one row in 16-bit types, and leaves the other experts alone.
-* `gathered`, on a GPU: a copy of the chosen matrices and one batched GEMM: few launches, no sort.
+* `gathered`, on a GPU: a copy of the chosen matrices and one batched GEMM: few launches, no sort (or `triton_mm`).
 """
 
 from __future__ import annotations
+
+import os
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +23,8 @@ from moe_compress.modeling.routing import Routing
 _BAGGED_ROWS_PER_EXPERT = 2.0
 # Values copied by gathering, up to which the copy hides behind the launches of the sort and a dozen small kernels.
 _GATHERED_VALUES = 2**24
+# Off unless asked for: the kernel has not been run on a GPU yet.
+_TRITON = os.environ.get("MOE_COMPRESS_TRITON") == "1" and find_spec("triton") is not None
 
 
 def by_row(rows: int, weight: Tensor) -> bool:
@@ -61,6 +66,11 @@ def low_rank(
     Returns:
         [S, out].
     """
+    if routing.by_row and rows.device.type == "cuda" and _TRITON and not torch.is_grad_enabled():
+        from moe_compress.modeling.triton_mm import row_mm
+
+        inner = row_mm(rows, delta_in, routing.experts, scale=scale, padding=routing.padding)
+        return row_mm(inner, delta_out, routing.experts)
     inner = expert_mm(rows, delta_in, routing)
     if scale is not None:
         inner = inner * scale
