@@ -128,7 +128,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="*", choices=sorted(SHAPES), default=[s for s in SHAPES if s != "reference"])
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 0.25, 0.125, 0.0625], help="share of bytes")
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 128, 512, 2048], help="tokens per call")
-    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"], default=["float32", "bfloat16"])
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"], default=["float32", "bfloat16"]
+    )
     parser.add_argument("--training", nargs="*", type=int, default=[512], help="tokens of forward and backward")
     parser.add_argument("--models", nargs="*", choices=MODELS, default=MODELS, help="whole models to time")
     parser.add_argument("--layers", type=int, default=2, help="layers of the random whole model")

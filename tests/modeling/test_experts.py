@@ -240,9 +240,7 @@ def test_autocast_accepts_16_bit_activations(path: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("parameterization", "cores"), [("delta", 1), ("delta", 0), ("wrapper", 1)])
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_no_grad_gives_the_same_values(
-    kind: str, parameterization: str, cores: int, tokens: int, path: str
-) -> None:
+def test_no_grad_gives_the_same_values(kind: str, parameterization: str, cores: int, tokens: int, path: str) -> None:
     replacement = shared(original(kind), parameterization, cores, rank=6)
     hidden, index, weights = route(tokens, 3)
     index[0, 1] = EXPERTS  # padding

@@ -157,18 +157,13 @@ def faster_below(
     All ranks of the layer are scaled alike. The time of a layer is taken to be its multiply-adds, times what one of
     them was measured to take here at the present ranks. A rank of 0 means: at no rank.
     """
-    share = {
-        row["tokens"]: break_even(
-            [(*experts.projections[name][1:], own["delta_rank"], own["cores"]) for name, own in layout.items()],
-            top_k,
-            speedup=row["speedup"],
-        )
-        for row in rows
-        if row["variant"] == CORE
-    }
-    return {
-        tokens: {name: int(scale * own["delta_rank"]) for name, own in layout.items()} for tokens, scale in share.items()
-    }
+    sizes = [(*experts.projections[name][1:], own["delta_rank"], own["cores"]) for name, own in layout.items()]
+    found = {}
+    for row in rows:
+        if row["variant"] == CORE:
+            scale = break_even(sizes, top_k, speedup=row["speedup"])
+            found[row["tokens"]] = {name: int(scale * own["delta_rank"]) for name, own in layout.items()}
+    return found
 
 
 def break_even_lines(layer: Mapping[str, Any]) -> list[str]:

@@ -35,6 +35,7 @@ _INPUTS = 8
 _COLD_BYTES = 2**28
 _MOST_COPIES = 16
 
+
 @dataclass(frozen=True)
 class LayerInputs:
     """Routed tokens for one MoE layer: hidden states `[T, H]`, chosen experts `[T, k]` and their weights `[T, k]`."""

@@ -192,7 +192,8 @@ class SharedCoreExperts(nn.Module):
         up, down = self.factors(up_name).fold(), self.factors(down_name).fold()
         dtype = _compute_dtype(hidden_states.device.type, up.delta_in.dtype)
         up, down = cast_factors(up, dtype), cast_factors(down, dtype)
-        few = all(by_row(top_k_index.numel(), side) for delta in (up, down) for side in (delta.delta_in, delta.delta_out))
+        sides = (up.delta_in, up.delta_out, down.delta_in, down.delta_out)
+        few = all(by_row(top_k_index.numel(), side) for side in sides)
         routing = Routing(top_k_index, top_k_weights, self.num_experts, by_row=few)
 
         # A token without any expert may hold anything, even NaN; it must not reach the core, nor its gradient.
