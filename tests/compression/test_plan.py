@@ -151,6 +151,7 @@ def test_slower_layers_are_named(model_dir: Callable[[str], Path], settings: Set
         return stream.getvalue()
 
     assert "2 of 2 MoE layers need more multiply-adds per token than before (1.08 times in model.layers.0" in printed(4)
+    assert "turns faster at delta rank gate_up_proj 6, down_proj 6 or lower;" in printed(4)
     assert "multiply-adds" not in printed(3)
 
 

@@ -248,7 +248,8 @@ def test_no_grad_gives_the_same_values(kind: str, parameterization: str, cores: 
     with torch.no_grad():
         quiet = replacement(*inputs)
     assert not quiet.requires_grad
-    torch.testing.assert_close(quiet, replacement(*inputs).detach())
+    loud = replacement(*inputs).detach()
+    torch.testing.assert_close(quiet, loud, rtol=1e-4, atol=1e-5 * loud.abs().max().item())
 
 
 def test_weights_in_fp32_keep_the_dtype_of_the_activations(path: str) -> None:

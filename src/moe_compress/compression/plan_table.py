@@ -59,10 +59,16 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     slower = [layer for layer in plan.layers if layer.arithmetic > 1]
     if slower:
         worst = max(slower, key=lambda layer: layer.arithmetic)
+        ranks = worst.faster_below
+        turn = ", ".join(f"{name} {rank}" for name, rank in ranks.items())
+        advice = (
+            f"It turns faster at delta rank {turn} or lower; what it gains on your machine: moe-compress bench"
+            if all(ranks.values())
+            else "No rank is low enough; fewer cores are faster"
+        )
         console.print(
             f"[yellow]{len(slower)} of {len(plan.layers)} MoE layers need more multiply-adds per token than before "
-            f"({worst.arithmetic:.2f} times in {worst.name}): expect them to be smaller but slower. "
-            "A lower rank, or fewer cores where few experts are used per token, avoids it.[/yellow]",
+            f"({worst.arithmetic:.2f} times in {worst.name}): expect them to be smaller but slower. {advice}.[/yellow]",
             highlight=False,
         )
     if plan.unused:

@@ -17,7 +17,7 @@ from moe_compress.compression.source import SourceModel, open_model
 from moe_compress.config import Config
 from moe_compress.errors import UserError
 from moe_compress.factorization import check_rank, projection_bytes
-from moe_compress.factorization.budget import Shape
+from moe_compress.factorization.budget import Shape, break_even
 from moe_compress.modeling import experts_per_token
 
 _LIBRARY_BYTES = 600 << 20  # interpreter, PyTorch and Transformers
@@ -91,6 +91,13 @@ class LayerPlan:
         """Multiply-adds of the experts for one token, as a share of those before; above 1 the layer may be slower."""
         before = sum(projection.active_before(self.top_k) for projection in self.projections)
         return sum(projection.active_after(self.top_k) for projection in self.projections) / before
+
+    @property
+    def faster_below(self) -> dict[str, int]:
+        """The delta rank of each projection up to which the layer needs fewer multiply-adds; 0 if none is low enough."""
+        sizes = [(p.rows, p.columns, p.delta_rank, p.cores) for p in self.projections]
+        scale = break_even(sizes, self.top_k, speedup=1 / self.arithmetic)
+        return {projection.name: int(scale * projection.delta_rank) for projection in self.projections}
 
     @property
     def active_bias(self) -> int:
