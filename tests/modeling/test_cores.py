@@ -65,7 +65,7 @@ def test_a_wrapper_with_groups_folds_exactly() -> None:
     assert_same(module, replacement, inputs, 1e-4)
     expected, layout = replacement(*inputs), replacement.layout
     folded = replacement.fold_()
-    torch.testing.assert_close(folded(*inputs), expected)
+    torch.testing.assert_close(folded(*inputs), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
     assert folded.layout == layout and folded.parameterization == "delta"
 
 

@@ -94,7 +94,7 @@ class LayerPlan:
 
     @property
     def faster_below(self) -> dict[str, int]:
-        """The delta rank of each projection up to which the layer needs fewer multiply-adds; 0 if none is low enough."""
+        """The delta ranks up to which the layer needs fewer multiply-adds than before; 0 if none is low enough."""
         sizes = [(p.rows, p.columns, p.delta_rank, p.cores) for p in self.projections]
         scale = break_even(sizes, self.top_k, speedup=1 / self.arithmetic)
         return {projection.name: int(scale * projection.delta_rank) for projection in self.projections}
