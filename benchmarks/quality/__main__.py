@@ -18,8 +18,10 @@ from benchmarks.quality.table import markdown, plot
 from moe_compress.errors import UserError
 from moe_compress.files import write_atomically
 
-# The product with its default settings, and with the one change that is the baseline of its own evidence.
-OURS = {"ours": [], "ours-svd": ["compression.cores=0", "compression.alignment=none"]}
+# The product with its default settings, without a core (the baseline of its own evidence), and by Fisher information.
+_NO_CORE = ["compression.cores=0", "compression.alignment=none"]
+_FISHER = ["compression.calibration.fisher=true", "compression.allocation=greedy"]
+OURS = {"ours": [], "ours-svd": _NO_CORE, "ours-fisher": _FISHER, "ours-fisher-svd": [*_NO_CORE, *_FISHER]}
 
 
 def main(arguments: list[str] | None = None) -> int:
