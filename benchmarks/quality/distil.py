@@ -1,4 +1,4 @@
-"""The one distillation that all methods get: the product's loss on cached top-k targets, AdamW, cosine, no stages."""
+"""The one distillation that all methods get: cross-entropy and KL to cached top-k targets, AdamW, cosine, no stages."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import get_scheduler
 
 from moe_compress.config import DistillationConfig
-from moe_compress.distillation.encoders import TopKEncoder
-from moe_compress.distillation.losses import distillation_loss
 from moe_compress.distillation.parameters import parameter_groups
 from moe_compress.files import file_in_progress
 
@@ -29,24 +26,49 @@ class Training:
     warmup_steps: int = 20
     learning_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
     alpha: float = 0.9
-    temperature: float = 1.0
     weight_decay: float = 0.01
     top_k: int = 64
 
 
 @torch.inference_mode()
 def cached_targets(teacher: Any, rows: Tensor, top_k: int, file: Path) -> dict[str, Tensor]:
-    """The teacher's top-k log-probabilities on rows [N, L], from `file` where it exists, else written there."""
+    """What the teacher says on rows [N, L], from `file` where it exists, else written there.
+
+    Returns:
+        `indices` int32 [N, L, k] and `log_probs` fp16 [N, L, k] of the most probable tokens; `tail` fp16 [N, L], the log
+        of the probability of all others.
+    """
     if not file.exists():
         teacher.eval()
-        encoder = TopKEncoder(top_k, teacher.config.vocab_size)
-        parts = [encoder.encode(teacher(input_ids=batch, use_cache=False).logits) for batch in rows.split(4)]
+        parts: dict[str, list[Tensor]] = {"indices": [], "log_probs": [], "tail": []}
+        for batch in rows.split(4):
+            log_probs = teacher(input_ids=batch, use_cache=False).logits.float().log_softmax(-1)
+            top, indices = log_probs.topk(top_k, dim=-1)
+            parts["indices"].append(indices.int())
+            parts["log_probs"].append(top.half())
+            parts["tail"].append(log_probs.scatter(-1, indices, -math.inf).logsumexp(-1).half())
         file.parent.mkdir(parents=True, exist_ok=True)
         with file_in_progress(file) as temporary:
-            save_file({name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, temporary)
-    arrays = load_file(file)
-    arrays["indices"] = arrays["indices"].astype(np.int32)  # torch cannot index unsigned integers
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+            save_file({name: torch.cat(values) for name, values in parts.items()}, temporary)
+    return load_file(file)
+
+
+def loss(logits: Tensor, rows: Tensor, targets: dict[str, Tensor], alpha: float) -> Tensor:
+    """(1 - alpha) * cross-entropy + alpha * KL(teacher || student), where all tokens but the top-k are one class.
+
+    Args:
+        logits: the student's, [B, L, V].
+        rows: [B, L] token ids; position t predicts the token at t + 1.
+        targets: of these rows, see `cached_targets`.
+    """
+    log_q = logits[:, :-1].float().log_softmax(-1)
+    entropy = -log_q.gather(-1, rows[:, 1:, None]).mean()
+    top, indices, tail = (targets[name][:, :-1] for name in ("log_probs", "indices", "tail"))
+    head_q = log_q.gather(-1, indices.long())
+    tail_q = log_q.scatter(-1, indices.long(), -math.inf).logsumexp(-1, keepdim=True)
+    log_p = torch.cat([top, tail[..., None]], -1).float()
+    divergence = (log_p.exp() * (log_p - torch.cat([head_q, tail_q], -1))).sum(-1).mean()
+    return (1 - alpha) * entropy + alpha * divergence
 
 
 def distil(
@@ -59,7 +81,6 @@ def distil(
     Returns:
         The mean training loss of the last tenth of the steps.
     """
-    encoder = TopKEncoder(training.top_k, model.config.vocab_size)
     defaults = DistillationConfig()
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.numel()]
     groups = parameter_groups(
@@ -89,13 +110,13 @@ def distil(
     losses = []
     for index in order.split(training.batch_size)[: training.steps]:
         logits = model(input_ids=rows[index], use_cache=False).logits
-        record = encoder.decode({name: values[index] for name, values in targets.items()})
-        parts = distillation_loss(logits, rows[index], record, alpha=training.alpha, temperature=training.temperature)
-        parts.loss.backward()
+        chosen = {name: values[index] for name, values in targets.items()}
+        step_loss = loss(logits, rows[index], chosen, training.alpha)
+        step_loss.backward()
         torch.nn.utils.clip_grad_norm_([parameter for _, parameter in named], 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(float(parts.loss.detach()))
+        losses.append(step_loss.item())
     tail = losses[-max(1, len(losses) // 10) :]
     return sum(tail) / len(tail)

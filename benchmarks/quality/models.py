@@ -20,6 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -34,7 +35,8 @@ from transformers import (
 )
 
 from moe_compress.config import DatasetConfig
-from moe_compress.data.packing import pack
+from moe_compress.data.documents import text_documents
+from moe_compress.data.packing import joined
 from moe_compress.errors import UserError
 from moe_compress.files import directory_in_progress, fingerprint, sha256_of_file
 from moe_compress.modeling import load_tokenizer, resolve_model_path
@@ -238,7 +240,8 @@ def read_corpus(directory: Path, split: str) -> Iterator[str]:
 
 
 def _packed(documents: Iterable[str], tokenizer: Any, length: int = 512) -> Tensor:
-    return torch.tensor(list(pack(documents, tokenizer, length)))
+    rows = joined(text_documents(documents, tokenizer), length)
+    return torch.from_numpy(np.stack([row["input_ids"] for row in rows])).long()
 
 
 def _save(model: Any, tokenizer: Any, directory: Path) -> None:

@@ -12,7 +12,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 from benchmarks.quality.__main__ import main
 from benchmarks.quality.calibration import find_router
 from benchmarks.quality.cells import Bench, Protocol
-from benchmarks.quality.distil import Training, distil
+from benchmarks.quality.distil import Training, distil, loss
 from benchmarks.quality.methods import METHODS, Method
 from benchmarks.quality.models import TestModel, pieces, upcycle
 from benchmarks.quality.product import product
@@ -92,6 +92,11 @@ def test_distillation_brings_a_student_nearer_to_its_teacher(source, tmp_path):
     rows, targets = bench.training_data
     reference = teacher_log_probs(bench.teacher, rows)
     before = score(student, rows, reference)
+    with torch.no_grad():
+        own = bench.teacher(input_ids=rows).logits
+        assert loss(own, rows, targets, alpha=1.0).abs() < 1e-4  # off by fp16 alone
+        worse = loss(student(input_ids=rows).logits, rows, targets, alpha=1.0)
+        assert 0.3 * before["kl"] < worse < before["kl"] * 1.01  # tokens outside of the top-k are told from none
     distil(student, rows, targets, training, 1e-3, seed=1)
     after = score(student, rows, reference)
     assert after["kl"] < 0.7 * before["kl"] and after["top1"] > before["top1"]
