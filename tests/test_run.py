@@ -368,6 +368,8 @@ def test_complete_checkpoints_by_step(path: Path) -> None:
     _checkpoint(run.checkpoint(12), 2)
     (run.checkpoint(12) / "model-1.safetensors").unlink()
     (run.checkpoint(13)).mkdir()
+    _checkpoint(run.checkpoint(14), 1)
+    (run.checkpoint(14) / "model.safetensors.index.json").write_text("[]")
     assert [step for step, _ in run.checkpoints()] == [0, 9, 10]
     assert run.checkpoints()[0][1] == path / "checkpoints" / "checkpoint-0"
     assert run.student() == run.checkpoint(10)

@@ -99,7 +99,8 @@ class CompressionConfig:
     allocation: str = setting(
         "uniform",
         "Ranks from a budget: uniform (the same share of the bytes for every projection) or greedy (where they lower "
-        "the error most, measured on the weights).",
+        "the error most: that of the outputs, or with calibration.fisher of the predictions; that of the weights where "
+        "there is no calibration or a sequential one).",
         ("uniform", "greedy"),
     )
     alignment: str = setting(

@@ -10,7 +10,6 @@ Under torchrun every rank reads the run and rank 0 alone writes it.
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -34,6 +33,7 @@ from moe_compress.freeze import (
     store,
 )
 from moe_compress.manifest import LOCKS_NAME, MANIFEST_NAME, Manifest, locked, timestamp, versions
+from moe_compress.modeling.checkpoint import find_shards
 from moe_compress.schema import flatten
 from moe_compress.stages import STAGES, freezing_stages, is_free
 
@@ -294,13 +294,8 @@ def _start(path: Path) -> str:
 
 def _is_complete(path: Path) -> bool:
     """Whether a checkpoint has its config and every weight file."""
-    if not (path / "config.json").is_file():
-        return False
-    index = path / "model.safetensors.index.json"
-    if not index.is_file():
-        return (path / "model.safetensors").is_file()
     try:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (json.JSONDecodeError, KeyError):
+        shards, _ = find_shards(path)
+    except UserError:
         return False
-    return all((path / shard).is_file() for shard in shards)
+    return (path / "config.json").is_file() and all(shard.is_file() for shard in shards)

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from moe_compress.checks import check_values
-from moe_compress.compression import allocate, compress
+from moe_compress.compression import allocate, compress, walk
 from moe_compress.compression.allocate import allocate_ranks
 from moe_compress.compression.plan_table import print_plan
 from moe_compress.compression.planning import make_plan
@@ -83,7 +83,7 @@ def test_measured_once(uneven: Path, settings: Settings, tmp_path: Path, monkeyp
     assert {entry["delta_rank"] for entry in facts.values()} == set(ranks.values())
     assert sum(e["expected_error"] for e in facts.values()) < sum(e["uniform_expected_error"] for e in facts.values())
     with monkeypatch.context() as patch:
-        patch.setattr(allocate, "error_curve", lambda *_, **__: pytest.fail("measured again"))
+        patch.setattr(allocate, "_layer_curves", lambda *_: pytest.fail("measured again"))
         assert allocate_ranks(source, config, file, CPU) == ranks
     config.compression.target_ratio = 0.6
     assert allocate_ranks(source, config, file, CPU) != ranks  # another budget is measured
@@ -136,3 +136,63 @@ def test_with_fisher_information_ranks_go_where_the_predictions_need_them(
     config.compression.calibration.sequential = True
     with pytest.raises(UserError, match="sequential=false"):
         check_values(config)
+
+
+def test_with_a_calibration_the_errors_are_those_of_the_outputs(
+    uneven: Path, tokenizer: Any, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The curves are those of the fit's own norm, and a killed run keeps what it has measured."""
+    tokenizer.save_pretrained(uneven)
+    config = settings(uneven, calibrate=True, allocation="greedy", target_ratio=0.5, rank_multiple=1, iterations=1)
+    run = Run.create(tmp_path / "run", config)
+    real = allocate._layer_curves
+    done: list[int] = []
+
+    def once(source: Any, config: Config, device: Any, index: int, *rest: Any) -> Any:
+        if done == [0]:
+            done.append(-1)
+            raise KeyboardInterrupt
+        done.append(index)
+        return real(source, config, device, index, *rest)
+
+    monkeypatch.setattr(allocate, "_layer_curves", once)
+    with pytest.raises(KeyboardInterrupt):
+        compress(run)
+    compress(Run.open(run.path))
+    assert done == [0, -1, 1]
+    allocation = json.loads((run.path / "allocation.json").read_text())
+    assert allocation["error_of"] == "outputs"
+    facts = json.loads((run.path / "compression.json").read_text())
+    for module, layer in facts["layers"].items():
+        for name, values in layer["projections"].items():
+            expected = allocation["projections"][f"{module}.{name}"]
+            assert values["delta_rank"] == expected["delta_rank"]
+            # One iteration of the fit is what the curve says, but for the damping of the Gram matrices.
+            assert values["data_error"] == pytest.approx(expected["expected_error"], rel=0.5, abs=1e-3)
+    assert not (run.path / "calibration").exists()
+    whole = Run.create(tmp_path / "whole", config)
+    compress(whole)
+    assert (whole.path / "allocation.json").read_bytes() == (run.path / "allocation.json").read_bytes()
+    assert (whole.path / "compression.json").read_bytes() == (run.path / "compression.json").read_bytes()
+
+
+def test_matrices_that_are_many_are_not_kept(
+    uneven: Path, tokenizer: Any, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then they are collected once more for the fit, with the same result."""
+    tokenizer.save_pretrained(uneven)
+    config = settings(uneven, calibrate=True, allocation="greedy", target_ratio=0.5, rank_multiple=1)
+    compress(Run.create(tmp_path / "kept", config))
+    monkeypatch.setattr(allocate, "GRAM_BYTES_AT_ONCE", 0)
+    passes: list[tuple[int, ...]] = []
+    real = walk.CalibrationWalk._pass
+
+    def count(self: Any, number: int, collect: list[int], **rest: Any) -> None:
+        passes.append(tuple(collect))
+        real(self, number, collect, **rest)
+
+    monkeypatch.setattr(walk.CalibrationWalk, "_pass", count)
+    compress(Run.create(tmp_path / "again", config))
+    assert passes == [(0,), (1,)] * 2
+    left, right = ((tmp_path / name / "compression.json").read_bytes() for name in ("kept", "again"))
+    assert left == right

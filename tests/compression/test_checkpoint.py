@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from moe_compress.compression.checkpoint import Checkpoint, read_header
 from moe_compress.compression.shards import disk_source, split_by_size, tensor_source, write_shard
 from moe_compress.errors import UserError
+from moe_compress.modeling.checkpoint import weight_files
 
 
 @pytest.fixture
@@ -116,21 +117,29 @@ def test_index_and_shards_must_agree(tmp_path: Path, tensors: dict[str, torch.Te
     with pytest.raises(UserError, match="model-00001.safetensors lacks the tensor nowhere.weight"):
         Checkpoint(path)
     (path / "model.safetensors.index.json").write_text("{")
-    with pytest.raises(UserError, match="not a safetensors index"):
+    with pytest.raises(UserError, match="not an index of shards"):
         Checkpoint(path)
     (path / "model.safetensors.index.json").unlink()
     with pytest.raises(UserError, match=r"no model\.safetensors\.index\.json"):
         Checkpoint(path)
 
 
+def test_a_single_file_comes_before_an_index(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """As in Transformers, and for every reader alike."""
+    path = sharded(tmp_path, tensors)
+    save_file({"only.weight": torch.zeros(2)}, path / "model.safetensors")
+    assert list(Checkpoint(path)) == ["only.weight"]
+    assert weight_files(path) == [path / "model.safetensors"]
+
+
 def test_pickle_is_refused_with_a_way_out(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02")
-    with pytest.raises(UserError, match=r"pickle \(pytorch_model.bin\).*save_pretrained"):
+    with pytest.raises(UserError, match=r"only pickled weights \(pytorch_model.bin\).*save_pretrained"):
         Checkpoint(tmp_path)
 
 
 def test_empty_and_absent_directories(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no safetensors weights"):
+    with pytest.raises(UserError, match="there are no weights to load"):
         Checkpoint(tmp_path)
     with pytest.raises(UserError, match="does not exist"):
         Checkpoint(tmp_path / "absent")

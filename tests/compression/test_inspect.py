@@ -85,6 +85,10 @@ def test_verdict_counts() -> None:
 
     layer = {"projections": {"a": projection(0.1, 0.2), "b": projection(0.3, 0.2), "c": projection(None, 0.2)}}
     assert "at 25% of the bytes in 1 of 3 projections" in verdict({"layers": {"x": layer}})
+    assert "cores" not in verdict({"layers": {"x": layer}})
+    layer["projections"]["c"]["error_with_4_cores"] = {"0.1": None, "0.25": 0.1, "0.5": 0.1}
+    layer["projections"]["b"]["error_with_2_cores"] = {"0.1": 0.25, "0.25": 0.25, "0.5": 0.1}
+    assert "Two or four cores leave less than both in 0, 1, 2 of 3." in verdict({"layers": {"x": layer}})
 
 
 def test_command(

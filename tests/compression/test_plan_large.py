@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from moe_compress.compression import footprint
 from moe_compress.compression.plan_table import print_plan
 from moe_compress.compression.planning import Plan, check_plan, make_plan
 from moe_compress.compression.source import SourceModel, open_model
@@ -115,7 +116,9 @@ def test_sizes(large: SourceModel) -> None:
     before = sum(8 * rows * columns for rows, columns in shapes)
     after = sum(rows * columns + 8 * r * (rows + columns) for r, (rows, columns) in zip(ranks, shapes, strict=True))
     assert plan.layers[0].arithmetic == pytest.approx(after / before)
-    assert plan.peak_bytes < 60e9  # of 470: one layer at a time
+    layer = 3 * EXPERTS * HIDDEN * INTERMEDIATE
+    assert 2 * 2 * layer < plan.peak_bytes < 2 * 4 * layer  # one layer of 94 at a time, read and permuted
+    assert plan.disk_bytes == plan.after.bytes
     stream = io.StringIO()
     print_plan(plan, Console(file=stream, width=80))
     assert "470.19 GB" in stream.getvalue() or "470.2 GB" in stream.getvalue()
@@ -129,3 +132,33 @@ def test_the_nearest_feasible_ratio_is_named_and_is_feasible(large: SourceModel)
     assert nearest is not None
     assert 0.005 < float(nearest[1]) < 0.02
     assert planned(large, target_ratio=float(nearest[1])).ratio <= float(nearest[1])
+
+
+def test_memory_and_disk_of_a_calibration(large: SourceModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer and its matrices, whatever the number of layers; on disk, the matrices that wait for their fit."""
+    config = Config()
+    config.compression.target_ratio = 0.25
+    plan = make_plan(large, config)
+    grams = 4 * EXPERTS * (HIDDEN**2 + INTERMEDIATE**2)
+    layer = 3 * EXPERTS * HIDDEN * INTERMEDIATE
+    embedding = VOCABULARY * HIDDEN
+    text = config.compression.calibration.dataset
+    assert text.max_samples is not None
+    states = 2 * 2 * text.max_samples * text.max_length * HIDDEN
+    assert plan.disk_bytes == plan.after.bytes + grams + states
+    assert plan.peak_stage == "fit"
+    # Measured, shrunk, damped and their roots; the weights twice; the embedding.
+    least = 2 * 2 * layer + grams + 3 * 4 * EXPERTS * HIDDEN**2 + 2 * embedding
+    assert least < plan.peak_bytes < 1.5 * least
+    config.compression.allocation = "greedy"
+    assert make_plan(large, config).disk_bytes == plan.disk_bytes  # too many to be kept: collected twice
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert make_plan(large, config).disk_bytes == plan.after.bytes + 4 * grams + states
+    monkeypatch.setattr(footprint, "layer_list", lambda *_: fails())
+
+    def fails() -> None:
+        raise footprint.DoesNotFit("its layers hand on more")
+
+    whole = make_plan(large, config)
+    assert whole.disk_bytes == plan.after.bytes + LAYERS * grams
+    assert whole.peak_stage == "calibration" and whole.peak_bytes > plan.before.bytes

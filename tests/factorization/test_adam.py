@@ -83,7 +83,7 @@ def test_deterministic_given_the_seed(parameterization):
 def test_gradients_add_up_over_chunks(monkeypatch):
     weights = random_experts(5, 8, 10)
     whole = fit(weights, adam("wrapper", 4, num_steps=10))
-    monkeypatch.setattr(grams, "_CHUNK_BYTES", 2 * 8 * 10 * 4)
+    monkeypatch.setattr(grams, "CHUNK_BYTES", 2 * 8 * 10 * 4)
     parts = fit(weights, adam("wrapper", 4, num_steps=10))
     assert parts.history == pytest.approx(whole.history, rel=1e-4)
 

@@ -149,7 +149,7 @@ def test_chunks_do_not_change_the_result(anisotropic_grams, monkeypatch, with_gr
     weights = random_experts(7, 12, 16)
     gram = anisotropic_grams(7, 16) if with_gram else None
     whole = fit(weights, FitSpec(delta_rank=4), gram)
-    monkeypatch.setattr(grams, "_CHUNK_BYTES", 3 * 12 * 16 * 4)
+    monkeypatch.setattr(grams, "CHUNK_BYTES", 3 * 12 * 16 * 4)
     assert len(list(grams.chunks(7, 12 * 16 * 4))) == 3
     parts = fit(weights, FitSpec(delta_rank=4), gram)
     torch.testing.assert_close(parts.factors.materialize(), whole.factors.materialize(), atol=1e-4, rtol=1e-4)

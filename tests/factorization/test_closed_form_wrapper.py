@@ -129,7 +129,7 @@ def test_chunks_do_not_change_the_result(anisotropic_grams, monkeypatch, with_gr
     weights = random_experts(7, 12, 16)
     gram = anisotropic_grams(7, 16) if with_gram else None
     whole = fit(weights, wrapper_spec(4), gram)
-    monkeypatch.setattr(grams, "_CHUNK_BYTES", 3 * 12 * 16 * 4)
+    monkeypatch.setattr(grams, "CHUNK_BYTES", 3 * 12 * 16 * 4)
     parts = fit(weights, wrapper_spec(4), gram)
     assert parts.relative_error == pytest.approx(whole.relative_error, rel=1e-3)
 

@@ -59,7 +59,16 @@ class LayerGrams:
     out_grams: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def zeros(cls, experts: ExpertsModule, device: torch.device | str, *, fisher: bool = False) -> LayerGrams:
+    def zeros(
+        cls,
+        experts: ExpertsModule,
+        device: torch.device | str,
+        *,
+        fisher: bool = False,
+        counts_only: bool = False,
+    ) -> LayerGrams:
+        """Nothing seen yet; with `counts_only` tokens will be counted, and nothing else kept."""
+
         def squares(side: int) -> dict[str, Tensor]:
             return {
                 projection: torch.zeros(shape[0], shape[side], shape[side], dtype=torch.float32, device=device)
@@ -67,10 +76,14 @@ class LayerGrams:
             }
 
         tokens = torch.zeros(experts.num_experts, dtype=torch.int64, device=device)
+        if counts_only:
+            return cls({}, tokens)
         return cls(squares(2), tokens, squares(1) if fisher else {})
 
     def add(self, projection: str, expert: int, inputs: Tensor, weights: Tensor) -> None:
         """Add the inputs [n, in] of one expert, weighted by their routing weights [n]."""
+        if projection not in self.grams:
+            return
         scaled = inputs.float() * weights.float()[:, None]
         self.grams[projection][expert].addmm_(scaled.mT, scaled)
 
@@ -174,18 +187,23 @@ def collect_grams(
     on_batch: Callable[[], None] = lambda: None,
     *,
     fisher_seed: int | None = None,
+    counts_only: bool = False,
 ) -> dict[str, LayerGrams]:
     """Run batches of token ids [B, L] through a model and sum the Gram matrices of some of its experts modules.
 
     Args:
         fisher_seed: also collect the gradients; seed of the tokens that are sampled from the model's predictions.
+        counts_only: count the tokens of each expert, and keep nothing else.
 
     Returns:
         Module name to its sums, on the device of the module.
     """
     fisher = fisher_seed is not None
     sums = {
-        found.name: LayerGrams.zeros(found, next(found.module.parameters()).device, fisher=fisher) for found in experts
+        found.name: LayerGrams.zeros(
+            found, next(found.module.parameters()).device, fisher=fisher, counts_only=counts_only
+        )
+        for found in experts
     }
     by_module = {found.module: sums[found.name] for found in experts}
     training = model.training
@@ -233,8 +251,20 @@ def _run_backward(model: PreTrainedModel, batches: Iterable[Tensor], on_batch: C
 class Calibration:
     """The Gram matrices of a run, in one safetensors file per MoE layer, so that a killed run does not repeat them."""
 
-    def __init__(self, config: Config, model_path: Path, source_fingerprint: str, directory: Path) -> None:
+    def __init__(
+        self,
+        config: Config,
+        model_path: Path,
+        source_fingerprint: str,
+        directory: Path,
+        *,
+        counts_only: bool = False,
+    ) -> None:
         """Read the calibration text; nothing is run yet.
+
+        Args:
+            directory: where the files go.
+            counts_only: count the tokens of each expert, without matrices.
 
         Raises:
             UserError: the data set cannot be read or is too short.
@@ -242,6 +272,7 @@ class Calibration:
         self.config = config
         self.model_path = model_path
         self.directory = directory
+        self.counts_only = counts_only
         settings = config.compression.calibration
         tokenizer = load_tokenizer(str(model_path), trust_remote_code=config.model.trust_remote_code)
         rows = packed_dataset(settings.dataset, tokenizer, config.seed).with_format("numpy")
@@ -254,6 +285,7 @@ class Calibration:
                 "model": asdict(config.model),
                 "sequential": settings.sequential,
                 **({"fisher": config.seed} if settings.fisher else {}),
+                "counts_only": counts_only,
             }
         )
         self.sequential = settings.sequential
@@ -309,7 +341,7 @@ class Calibration:
         )
         experts = find_experts(model)
         fisher = self.fisher_seed is not None
-        sizes = ((index, gram_bytes(experts[index], fisher=fisher)) for index in layers)
+        sizes = ((index, 0 if self.counts_only else gram_bytes(experts[index], fisher=fisher)) for index in layers)
         groups = split_by_size(sizes, GRAM_BYTES_AT_ONCE)
         batches = self.batches
         done = 0
@@ -321,7 +353,12 @@ class Calibration:
 
         for group in groups:
             sums = collect_grams(
-                model, [experts[index] for index in group], batches, on_batch, fisher_seed=self.fisher_seed
+                model,
+                [experts[index] for index in group],
+                batches,
+                on_batch,
+                fisher_seed=self.fisher_seed,
+                counts_only=self.counts_only,
             )
             for index in group:
                 self.write(index, sums.pop(experts[index].name))

@@ -19,14 +19,12 @@ from typing import Any, BinaryIO
 import torch
 
 from moe_compress.errors import UserError
+from moe_compress.modeling.checkpoint import INDEX_FILE, find_shards
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 COPY_BYTES = 16 << 20
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _FINGERPRINT_SAMPLES = 16
 _PIECE_VALUES = 1 << 22
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -162,7 +160,7 @@ class Checkpoint:
         self.path = Path(path)
         self.entries: dict[str, TensorEntry] = {}
         self.headers: dict[Path, Header] = {}
-        shards, weight_map = _shards(self.path)
+        shards, weight_map = find_shards(self.path)
         for shard in shards:
             self.headers[shard] = read_header(shard)
             for name, entry in self.headers[shard].entries.items():
@@ -252,35 +250,3 @@ def _pieces(stream: BinaryIO, entry: TensorEntry) -> Iterator[bytearray]:
             raise UserError(f"shard {entry.file} was cut short while tensor {entry.name} was copied")
         left -= len(piece)
         yield piece
-
-
-def _shards(path: Path) -> tuple[list[Path], dict[str, str]]:
-    """The shard files of a checkpoint and, where there is an index, its map from tensor to file name."""
-    if not path.is_dir():
-        raise UserError(f"checkpoint directory {path} does not exist")
-    # Transformers looks for the single file first, then for the index.
-    if (path / SINGLE_FILE).exists():
-        return [path / SINGLE_FILE], {}
-    index = path / INDEX_FILE
-    if not index.exists():
-        _explain_missing_weights(path)
-    try:
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = [path / name for name in sorted(set(weight_map.values()))]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is not a safetensors index; download or copy it again") from error
-    return shards, weight_map
-
-
-def _explain_missing_weights(path: Path) -> None:
-    shards = sorted(path.glob("*.safetensors"))
-    if shards:
-        raise UserError(f"{path} has shards like {shards[0].name} but no {INDEX_FILE}; download or copy it again")
-    pickles = [file for file in sorted(path.iterdir()) if file.suffix in _PICKLE_SUFFIXES]
-    if pickles:
-        raise UserError(
-            f"{path} holds its weights as pickle ({pickles[0].name}), which may run code when read and is refused; "
-            "convert it where you trust it: "
-            f"AutoModelForCausalLM.from_pretrained('{path}', dtype='auto').save_pretrained('{path}-safetensors')"
-        )
-    raise UserError(f"{path} holds no safetensors weights ({SINGLE_FILE} or {INDEX_FILE})")

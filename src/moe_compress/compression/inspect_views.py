@@ -48,18 +48,26 @@ def print_inspection(facts: dict[str, Any], console: Console) -> None:
 
 
 def verdict(facts: dict[str, Any]) -> str:
-    """In how many projections a shared core leaves the smaller error, for each share of the bytes."""
-    parts = []
+    """In how many projections a shared core, or several, leave the smaller error, for each share of the bytes."""
+    projections = [p for layer in facts["layers"].values() for p in layer["projections"].values()]
+    parts, grouped = [], []
     for ratio in _SHOWN_RATIOS:
-        pairs = [
-            (projection["error_with_core"][ratio], projection["error_without_core"][ratio])
-            for layer in facts["layers"].values()
-            for projection in layer["projections"].values()
-        ]
-        both = [(core, plain) for core, plain in pairs if core is not None and plain is not None]
-        wins = sum(core < plain for core, plain in both)
+        pairs = [(p["error_with_core"][ratio], p["error_without_core"][ratio]) for p in projections]
+        wins = sum(core < plain for core, plain in pairs if core is not None and plain is not None)
         parts.append(f"at {float(ratio):.0%} of the bytes in {wins} of {len(pairs)} projections")
-    return f"A shared core leaves a smaller error than none {', '.join(parts)} (before distillation)."
+        grouped.append(f"{sum(_groups_win(projection, ratio) for projection in projections)}")
+    text = f"A shared core leaves a smaller error than none {', '.join(parts)} (before distillation)."
+    if any(key.endswith("_cores") for projection in projections for key in projection):
+        text += f" Two or four cores leave less than both in {', '.join(grouped)} of {len(projections)}."
+    return text
+
+
+def _groups_win(projection: dict[str, Any], ratio: str) -> bool:
+    """Whether some number of cores leaves a smaller error than one and than none."""
+    several = [values[ratio] for key, values in projection.items() if key.endswith("_cores")]
+    others = [projection[key][ratio] for key in ("error_with_core", "error_without_core")]
+    reached = [error for error in several if error is not None]
+    return bool(reached) and all(error is None or min(reached) < error for error in others)
 
 
 def _comparison(projection: dict[str, Any], ratio: str) -> str:

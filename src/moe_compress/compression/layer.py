@@ -19,6 +19,7 @@ from moe_compress.factorization import (
     FitResult,
     FitSpec,
     align_neurons,
+    error_curve,
     fit,
     group_experts,
     neuron_rows,
@@ -186,6 +187,18 @@ class LayerWork:
         if up in self.out_grams:
             rows = neuron_rows(order, interleaved=interleaved, gates=gates)
             self.out_grams[up] = _permuted_gram(self.out_grams[up], rows)
+
+    def curves(self, cores: int) -> dict[str, Tensor]:
+        """The error of each projection at every delta rank, see `error_curve`."""
+        return {
+            projection: error_curve(
+                weight,
+                cores=cores,
+                gram=self.shrunk(self.grams, projection),
+                out_gram=self.shrunk(self.out_grams, projection),
+            )
+            for projection, weight in self.weights.items()
+        }
 
     def groups(self, projection: str, spec: FitSpec) -> Tensor | None:
         """The core of each expert, where there are several."""

@@ -85,7 +85,7 @@ class LayerwiseModel:
         """
         self.checkpoint = source.checkpoint
         self.device = device
-        self.dtype = _compute_dtype(source, settings)
+        self.dtype = compute_dtype(source, settings)
         config = deepcopy(source.map.model.config)
         self.model = meta_model(config, dtype=self.dtype, trust_remote_code=settings.trust_remote_code).eval()
         self.config = self.model.config
@@ -94,7 +94,7 @@ class LayerwiseModel:
         self._feeds: dict[str, Feed] = {target: feed for feed in mapped.feeds for target in feed.targets}
         plan = self.model._get_dtype_plan(self.dtype)
         self._kept_wide = re.compile("|".join(key.replace("*", ".*") for key in plan)) if plan else None
-        path = _common_list(self.model, [layer.name for layer in mapped.layers])
+        path = layer_list(self.model, [layer.name for layer in mapped.layers])
         modules: Any = self.model.get_submodule(path)
         self.layers: list[nn.Module] = list(modules)
         prefixes = [f"{path}.{number}." for number in range(len(self.layers))]
@@ -205,8 +205,15 @@ class LayerwiseModel:
         return value.to(self.device, dtype if value.is_floating_point() else value.dtype)
 
 
-def _common_list(model: nn.Module, names: list[str]) -> str:
-    """The name of the list of decoder layers: the outermost one around the experts, the same for all."""
+def layer_list(model: nn.Module, names: list[str]) -> str:
+    """The name of the list of decoder layers: the outermost one around the experts, the same for all.
+
+    Args:
+        names: of the experts modules.
+
+    Raises:
+        DoesNotFit: there is none.
+    """
     found = set()
     for name in names:
         parts = name.split(".")
@@ -218,7 +225,7 @@ def _common_list(model: nn.Module, names: list[str]) -> str:
     return found.pop()
 
 
-def _compute_dtype(source: SourceModel, settings: ModelConfig) -> torch.dtype:
+def compute_dtype(source: SourceModel, settings: ModelConfig) -> torch.dtype:
     """The type that `from_pretrained` would load the model in."""
     declared: str | torch.dtype | None = settings.dtype if settings.dtype != "auto" else source.map.model.config.dtype
     if isinstance(declared, str):

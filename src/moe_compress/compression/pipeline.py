@@ -31,7 +31,7 @@ from moe_compress.run import Run
 
 STAGE = "compress"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_SHARD_FORMAT = 2  # part of what a shard was made by: raise it when the same settings give other tensors
+_SHARD_FORMAT = 3  # part of what a shard was made by: raise it when the same settings give other tensors
 
 
 def compress(run: Run) -> None:
@@ -89,19 +89,20 @@ def _compress(run: Run, team: Team, console: Console) -> None:
 
 def _allocate(run: Run, source: SourceModel, calibration_dir: Path, device: torch.device, console: Console) -> Ranks:
     """Measure how to divide the budget, or read what was measured before."""
+    settings = run.config.compression.calibration
     calibration = None
-    if run.config.compression.calibration.fisher:
+    if settings.enabled and not settings.sequential:
         calibration = Calibration(run.config, source.path, source.checkpoint.fingerprint, calibration_dir)
     with progress_bars(console) as progress:
         task = progress.add_task("measuring errors", total=None, error="")
-        file = run.path / "allocation.json"
         return allocate_ranks(
             source,
             run.config,
-            file,
+            run.path / "allocation.json",
             device,
             lambda done, total: progress.update(task, completed=done, total=total),
             calibration,
+            lambda: None if calibration is None else calibration_walk(run.config, source, calibration, device, console),
         )
 
 

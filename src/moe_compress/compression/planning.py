@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from moe_compress.compression.calibrate import GRAM_BYTES_AT_ONCE, gram_bytes
+from moe_compress.compression.calibrate import gram_bytes
+from moe_compress.compression.footprint import disk_needed, peak_stages
 from moe_compress.compression.mapping import MoeLayer
 from moe_compress.compression.ranks import Choice, candidates, stored_dtype
 from moe_compress.compression.source import SourceModel, open_model
@@ -19,9 +20,6 @@ from moe_compress.errors import UserError
 from moe_compress.factorization import check_rank, projection_bytes
 from moe_compress.factorization.budget import Shape, break_even
 from moe_compress.modeling import experts_per_token
-
-_LIBRARY_BYTES = 600 << 20  # interpreter, PyTorch and Transformers
-_TEMPORARY_BYTES = 512 << 20  # one temporary of a fit over a chunk of experts is at most this
 
 
 @dataclass(frozen=True)
@@ -123,8 +121,8 @@ class Plan:
 
     Attributes:
         unused: tensors of the source that the model does not load; they are copied as they are.
-        peak_bytes: expected peak of main memory (and of the device, where the two differ).
-        disk_bytes: disk needed while it runs: the compressed checkpoint and the cached Gram matrices.
+        peak_bytes: expected peak of main memory of one process, in the stage `peak_stage`.
+        disk_bytes: disk needed while it runs: the compressed checkpoint and what the calibration keeps.
         provisional: settings that leave something to be chosen by `compress`, within the same bytes; until then ranks
             and cores stand for others.
     """
@@ -189,7 +187,6 @@ def make_plan(
     embeddings = _embedding_parameters(model)
     others = _non_expert_parameters(model, source.map.layers)
     passthrough = sum(source.checkpoint[name].nbytes for name in source.map.passthrough)
-    total = passthrough + sum(layer.bytes_before for layer in layers)
 
     def size(
         expert_bytes: int, count: Callable[[ProjectionPlan], int], active: Callable[[ProjectionPlan, int], int]
@@ -214,25 +211,20 @@ def make_plan(
         sum(layer.bytes_before for layer in layers), lambda p: p.parameters_before, ProjectionPlan.active_before
     )
     after = size(sum(layer.bytes_after for layer in layers), lambda p: p.parameters_after, ProjectionPlan.active_after)
-    calibrated = settings.calibration.enabled
-    grams = sum(layer.gram_bytes for layer in layers) if calibrated else 0
-    peaks = {"fit": max(_fit_peak(layer, calibrated, settings.calibration.fisher) for layer in layers)}
-    if calibrated:
-        largest = max(layer.gram_bytes for layer in layers)
-        peaks["calibration"] = _LIBRARY_BYTES + total + min(grams, max(GRAM_BYTES_AT_ONCE, largest))
+    peaks = peak_stages(source, config, layers)
     stage = max(peaks, key=peaks.__getitem__)
     return Plan(
         model=config.model.name,
         path=str(source.path),
         architecture=type(model).__name__,
         parameterization=settings.parameterization,
-        calibrated=calibrated,
+        calibrated=settings.calibration.enabled,
         layers=layers,
         unused=source.map.unused,
         before=before,
         after=after,
         peak_bytes=peaks[stage],
-        disk_bytes=after.bytes + grams,
+        disk_bytes=disk_needed(source, config, layers, after.bytes),
         peak_stage=stage,
         provisional=tuple(provisional),
     )
@@ -333,18 +325,3 @@ def _embedding_parameters(model: Any) -> int:
     if embedding is None or (head is not None and head.weight is embedding.weight):
         return 0
     return int(embedding.weight.numel())
-
-
-def _fit_peak(layer: LayerPlan, calibrated: bool, fisher: bool) -> int:
-    """Expected peak of main memory while one layer is fitted.
-
-    The layer in its stored type three times (as read, as joined by Transformers' converter, as permuted), the factors
-    in fp32, a few temporaries, and of the largest Gram matrices the measured, shrunk and damped ones and their root.
-    """
-    factors = sum(4 * projection.parameters_after for projection in layer.projections)
-    temporaries = 4 * max(min(_TEMPORARY_BYTES, 4 * projection.parameters_before) for projection in layer.projections)
-    grams = 0
-    if calibrated:
-        sides = [p.columns**2 + (p.rows**2 if fisher else 0) for p in layer.projections]
-        grams = layer.gram_bytes + 3 * max(4 * layer.projections[0].experts * side for side in sides)
-    return _LIBRARY_BYTES + 3 * layer.bytes_before + factors + temporaries + grams

@@ -14,8 +14,6 @@ from moe_compress.errors import UserError
 from moe_compress.factorization import projection_bytes, rank_within, uniform_ranks
 
 Ranks = dict[tuple[str, str], int]  # (module name, projection) to delta rank
-_MORE_CORES = (2, 4)  # that compression.cores=auto tries where there are at least _MANY_EXPERTS
-_MANY_EXPERTS = 16
 
 
 class Choice(NamedTuple):
@@ -63,7 +61,7 @@ def candidates(layers: list[MoeLayer], config: Config, ranks: Ranks | None = Non
             else:
                 budget = projection_bytes(*shape, ranks[layer.name, name], 1, width)
             tried = []
-            for cores in (*(() if wrapper else (0,)), 1, *(_MORE_CORES if shape[0] >= _MANY_EXPERTS else ())):
+            for cores in (*(() if wrapper else (0,)), 1, *more_cores(shape[0])):
                 rank = rank_within(
                     shape,
                     budget,
@@ -78,6 +76,11 @@ def candidates(layers: list[MoeLayer], config: Config, ranks: Ranks | None = Non
                     tried.append(Choice(cores, rank))
             found[layer.name, name] = tuple(tried)
     return found
+
+
+def more_cores(experts: int) -> tuple[int, ...]:
+    """The numbers of cores beside 0 and 1 that are tried on a projection of so many experts."""
+    return (2, 4) if experts >= 16 else ()
 
 
 def fixed_cores(config: Config) -> int:

@@ -101,7 +101,8 @@ class CalibrationWalk:
         modules = self.model.experts(block, number)
         for index, parameters in (compressed or {}).items():
             _put(modules[index], self.experts[index], parameters)
-        sums = {index: LayerGrams.zeros(self.experts[index], self.model.device) for index in collect}
+        device, counts_only = self.model.device, self.calibration.counts_only
+        sums = {index: LayerGrams.zeros(self.experts[index], device, counts_only=counts_only) for index in collect}
         with collect_into({modules[index]: layer for index, layer in sums.items()}, modules.values()):
             outputs = self._outputs(block, number)
             if onward:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from moe_compress.compression.checkpoint import DTYPES, INDEX_FILE, read_header, read_tensor
+from moe_compress.compression.checkpoint import DTYPES, read_header, read_tensor
 from moe_compress.compression.layer import LayerResult
 from moe_compress.compression.planning import Plan
 from moe_compress.compression.shards import disk_source, split_by_size, tensor_source, write_shard
@@ -23,6 +23,7 @@ from moe_compress.errors import UserError
 from moe_compress.factorization import Factors
 from moe_compress.files import fingerprint, write_json
 from moe_compress.modeling import SharedCoreConfig
+from moe_compress.modeling.checkpoint import INDEX_FILE
 from moe_compress.modeling.tensors import Layout, factors_from_tensors
 
 SHARD_BYTES = 5_000_000_000  # of copied tensors

@@ -121,8 +121,8 @@ def align_neurons(
 
     identity = torch.arange(neurons, device=gate_up.device).repeat(experts, 1)
     permutation = identity.clone()
-    norms = gate_up.float().square().sum((1, 2)) + down.float().square().sum((1, 2))
-    order = norms.argsort(descending=True, stable=True).tolist()
+    norms = [sum(float(part.square().sum()) for part in features(expert)) for expert in range(experts)]
+    order = torch.tensor(norms).argsort(descending=True, stable=True).tolist()
     for expert in order:
         own = features(expert)
         add(given, expert, own)

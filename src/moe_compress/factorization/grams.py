@@ -19,7 +19,7 @@ from torch import Tensor
 from moe_compress.errors import UserError
 
 _DAMPING = 1e-2  # of the mean diagonal of each Gram matrix
-_CHUNK_BYTES = 512 * 2**20  # size of one temporary over a chunk of experts
+CHUNK_BYTES = 32 * 2**20  # size of one temporary over a chunk of experts, of which a fit has about eight at a time
 
 
 def shrink_grams(grams: Tensor, shrinkage: float, counts: Tensor | None = None) -> Tensor:
@@ -151,7 +151,7 @@ def _damped(gram: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def chunks(experts: int, bytes_per_expert: int) -> Iterator[slice]:
-    """Slices over the experts such that one fp32 temporary of a slice stays near half a gigabyte."""
-    size = max(1, _CHUNK_BYTES // max(1, bytes_per_expert))
+    """Slices over the experts such that one fp32 temporary of a slice stays near `CHUNK_BYTES`."""
+    size = max(1, CHUNK_BYTES // max(1, bytes_per_expert))
     for start in range(0, experts, size):
         yield slice(start, min(start + size, experts))

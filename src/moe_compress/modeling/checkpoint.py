@@ -12,7 +12,7 @@ from moe_compress.errors import UserError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_PICKLE = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
 
 
@@ -98,51 +98,65 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def find_shards(path: Path) -> tuple[list[Path], dict[str, str]]:
+    """The safetensors files that make up a checkpoint, as Transformers chooses them: a single file, else an index.
+
+    Returns:
+        The files in order, which need not be there, and the index's map from tensor to file name (empty without one).
+
+    Raises:
+        UserError: no such directory, no weights in it, only pickled ones, or an index that is none.
+    """
+    if not path.is_dir():
+        raise UserError(f"checkpoint directory {path} does not exist")
+    if (path / SINGLE_FILE).exists():
+        return [path / SINGLE_FILE], {}
+    index = path / INDEX_FILE
+    if not index.exists():
+        raise UserError(_no_weights(path))
+    try:
+        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return [path / name for name in sorted(set(weight_map.values()))], weight_map
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise UserError(f"{index} is not an index of shards ({error!r}); get the checkpoint again") from error
+
+
 def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a checkpoint directory, in order, after checking that all are there and whole.
 
     Only headers are read, so this is cheap for the largest checkpoint.
 
     Raises:
-        UserError: no weights, only pickled ones, a shard that the index names but the directory lacks, a truncated
-            file, or a tensor that is not in the shard where the index has it.
+        UserError: see `find_shards`; a shard that the index names but the directory lacks, a truncated file, or a
+            tensor that is not in the shard where the index has it.
     """
-    index_file = path / INDEX_FILE
-    if not index_file.exists():
-        file = path / SINGLE_FILE
-        if not file.exists():
-            raise UserError(_no_weights(path))
-        _tensor_names(file)
-        return [file]
-    try:
-        weight_map: dict[str, str] = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{index_file} is not an index of shards ({error!r}); get the checkpoint again") from error
-    shards = sorted(set(weight_map.values()))
-    missing = [shard for shard in shards if not (path / shard).exists()]
+    shards, weight_map = find_shards(path)
+    missing = [shard.name for shard in shards if not shard.exists()]
     if missing:
         raise UserError(
             f"{path}: {len(missing)} of {len(shards)} shards are missing, such as {missing[0]}; get them again"
         )
-    names = {shard: _tensor_names(path / shard) for shard in shards}
+    names = {shard.name: _tensor_names(shard) for shard in shards}
     for tensor, shard in weight_map.items():
         if tensor not in names[shard]:
             raise UserError(
                 f"{path / shard} lacks the tensor {tensor} that {INDEX_FILE} names; get the checkpoint again"
             )
-    return [path / shard for shard in shards]
+    return shards
 
 
 def _no_weights(path: Path) -> str:
-    pickled = sorted(
-        file.name for pattern in _PICKLE for file in path.glob(pattern) if file.name != "training_args.bin"
-    )
+    shards = sorted(path.glob("*.safetensors"))
+    if shards:
+        return f"{path} has shards like {shards[0].name} but no {INDEX_FILE}; get the checkpoint again"
+    names = (file.name for file in path.iterdir() if file.suffix in _PICKLE_SUFFIXES)
+    pickled = sorted(name for name in names if name != "training_args.bin")  # the Trainer's, no weights
     if not pickled:
         return f"{path} has no {SINGLE_FILE} and no {INDEX_FILE}; there are no weights to load"
     return (
         f"{path} has only pickled weights ({pickled[0]}), which can run code when opened and are not read here; if you "
-        "trust them, convert them: AutoModelForCausalLM.from_pretrained(dir, use_safetensors=False)"
-        ".save_pretrained(new_dir)"
+        f"trust them, convert them: AutoModelForCausalLM.from_pretrained('{path}', dtype='auto', use_safetensors=False)"
+        f".save_pretrained('{path}-safetensors')"
     )
 
 
