@@ -73,7 +73,8 @@ class DistillationTrainer(Trainer):
         self.run = run
         self.stage = stage
         self.groups = groups
-        self.objective = Objective(self.model, teacher, stage, loss)
+        student: Any = self.model
+        self.objective: Objective = Objective(student, teacher, stage, loss)
         self.dtypes = dtypes
         self.spikes = spikes
         self.skipped = skipped
@@ -130,9 +131,10 @@ class DistillationTrainer(Trainer):
         return norm
 
     def _measure_gradients(self) -> None:
+        student: Any = self.model
         step = self.state.global_step + 1
         if step % self.args.logging_steps == 0 or step % self.args.save_steps == 0 or step == self.stage.last_step:
-            self._norms = gradient_norms(self.model)
+            self._norms = gradient_norms(student)
 
     def _watch(self, model: nn.Module, spikes: SpikeDetector, norm: float) -> None:
         """Leave this step's update out, or go back, if the step is a spike; all ranks decide alike."""
