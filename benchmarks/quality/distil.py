@@ -35,7 +35,7 @@ def cached_targets(teacher: Any, rows: Tensor, top_k: int, file: Path) -> dict[s
     """What the teacher says on rows [N, L], from `file` where it exists, else written there.
 
     Returns:
-        `indices` int32 [N, L, k] and `log_probs` fp16 [N, L, k] of the most probable tokens; `tail` fp16 [N, L], the log
+        `indices` int32 and `log_probs` fp16 [N, L, k] of the most probable tokens; `tail` fp16 [N, L], the log
         of the probability of all others.
     """
     if not file.exists():
