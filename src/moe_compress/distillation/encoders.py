@@ -148,7 +148,8 @@ class SampleEncoder:
         done = 0
         for log_p, _ in _log_probs(logits):
             log_q = log_p if self.sample_temperature == 1 else (log_p / self.sample_temperature).log_softmax(-1)
-            cumulative = log_q.double().exp().cumsum(-1)
+            q = log_q.exp()
+            cumulative = q.cumsum(-1, dtype=torch.float64)
             point = uniform[done : done + len(log_p)] * cumulative[:, -1:]
             done += len(log_p)
             drawn = torch.searchsorted(cumulative, point, right=True).clamp_(max=self.vocab_size - 1)
@@ -157,8 +158,9 @@ class SampleEncoder:
             group[:, 1:] = (drawn[:, 1:] != drawn[:, :-1]).cumsum(-1)
             indices = torch.zeros_like(drawn).scatter_(1, group, drawn)
             counts = torch.zeros_like(drawn).scatter_add_(1, group, torch.ones_like(drawn))
-            entropy = torch.stack([_entropy(log_p), _entropy(log_q)], -1)
-            parts: tuple[Tensor, ...] = (group[:, -1] + 1, indices, counts, entropy)
+            entropy = _entropy(q)
+            of_p = entropy if self.sample_temperature == 1 else _entropy(log_p.exp())
+            parts: tuple[Tensor, ...] = (group[:, -1] + 1, indices, counts, torch.stack([of_p, entropy], -1))
             if self.sample_temperature != 1:
                 parts = (*parts, (log_p - log_q).gather(-1, indices))
             chunks.append(parts)
@@ -180,7 +182,7 @@ class SampleEncoder:
     def distance(self, targets: SampledTargets, logits: Tensor) -> float:
         """Mean difference of the entropies in nats, or by how much the draws' likelihood is beyond chance off it."""
         log_q = (logits.float() / self.sample_temperature).log_softmax(-1)
-        entropy = _entropy(log_q)
+        entropy = _entropy(log_q.exp())
         excess = -(targets.shares * log_q.gather(-1, targets.indices)).sum(-1) - entropy
         chance = 4 * excess.std() / math.sqrt(len(excess)) if len(excess) > 1 else math.inf
         return max(float((entropy - targets.entropy[:, 1]).abs().mean()), float(excess.mean().abs() - chance))
@@ -238,8 +240,8 @@ def _log_probs(logits: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield log_probs - logsumexp.unsqueeze(-1), logsumexp
 
 
-def _entropy(log_probs: Tensor) -> Tensor:
-    return -(log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(-1)
+def _entropy(probabilities: Tensor) -> Tensor:
+    return torch.special.entr(probabilities).sum(-1)
 
 
 def _record(fields: Mapping[str, Field], chunks: list[tuple[Tensor, ...]]) -> Record:
