@@ -98,7 +98,7 @@ def of_reference(sequences: int, repeats: int) -> tuple[list[Row], list[Tensor]]
 
 
 def made_up(sequences: int, vocabulary: int) -> tuple[list[Row], list[Tensor]]:
-    """Random ids, and logits whose probabilities fall about as 1 / rank^1.5, in an order of ids that changes by token."""
+    """Random ids, and logits whose probabilities fall about as 1 / rank^1.5, in an order that changes by token."""
     choose = np.random.default_rng(0)
     by_rank = -1.5 * torch.arange(1, vocabulary + 1).log()
     coprime = [factor for factor in choose.integers(1, vocabulary, 1000).tolist() if math.gcd(factor, vocabulary) == 1]

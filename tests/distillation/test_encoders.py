@@ -66,7 +66,7 @@ def test_draws_depend_on_seed_and_sequence_alone(monkeypatch: pytest.MonkeyPatch
     logits = logits_of(50)
     encoder = SampleEncoder(samples=20, sample_temperature=1.0, seed=1, vocab_size=IDS)
     first = encoder.encode(logits, 7)
-    monkeypatch.setattr(encoders, "CHUNK_BYTES", 4 * IDS * 3)
+    monkeypatch.setattr(encoders, "_CHUNK_BYTES", 4 * IDS * 3)
     again = encoder.encode(logits, 7)
     assert first.keys() == again.keys() and all(np.array_equal(first[name], again[name]) for name in first)
     other_seed = SampleEncoder(samples=20, sample_temperature=1.0, seed=2, vocab_size=IDS)
