@@ -104,7 +104,8 @@ def test_balanced_factors_are_the_same_model_with_equal_norms(teacher_dir: Path,
         for module in modules:
             getattr(module, f"down_proj_{left}").mul_(7)
             getattr(module, f"down_proj_{right}").div_(7)
-            getattr(module, f"gate_up_proj_{left}")[0, :, 0] = 0  # an empty side would empty the other one too
+            side = getattr(module, f"gate_up_proj_{left}")[0]  # an empty side would empty the other one too
+            (side.mT if parameterization == "delta" else side)[:, 0] = 0
     ids = torch.randint(0, VOCABULARY, (2, 6), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = model(ids).logits
@@ -112,10 +113,9 @@ def test_balanced_factors_are_the_same_model_with_equal_norms(teacher_dir: Path,
         torch.testing.assert_close(model(ids).logits, before, atol=1e-4, rtol=1e-4)
     for module in modules:
         one, other = getattr(module, f"down_proj_{left}"), getattr(module, f"down_proj_{right}")
-        other = other.mT if parameterization == "delta" else other
+        one = one.mT if parameterization == "delta" else one
         torch.testing.assert_close(one.norm(dim=1), other.norm(dim=1), atol=1e-5, rtol=1e-4)
-        kept = getattr(module, f"gate_up_proj_{right}")[0]
-        assert (kept[0] if parameterization == "delta" else kept[:, 0]).norm() > 1e-3
+        assert getattr(module, f"gate_up_proj_{right}")[0, :, 0].norm() > 1e-3
 
 
 def test_factors_are_balanced_once_at_the_start(make_compressed_run: MakeRun, filled_cache: Path) -> None:

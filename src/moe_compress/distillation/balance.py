@@ -8,7 +8,7 @@ from torch import nn
 from moe_compress.factorization.closed_form import balance
 from moe_compress.modeling import find_shared_cores
 
-# The left [E, out, r] and right [E, in, r] or [E, r, in] factor of each product.
+# The left and right factor of each product: delta_out [E, r, out], every other [E, out or in, r].
 _PAIRS = (("delta_out", "delta_in"), ("u_out", "v_out"), ("u_in", "v_in"))
 
 
@@ -27,8 +27,10 @@ def balance_factors(model: nn.Module) -> None:
                 if left is None:
                     continue
                 right = getattr(module, f"{projection}_{right_name}")
-                transposed = left_name != "delta_out"  # v is kept as [E, in, r]
-                columns, rows = left, right.mT if transposed else right  # [E, out, r] and [E, r, in], views
+                columns, rows = (
+                    left.mT if left_name == "delta_out" else left,
+                    right.mT,
+                )  # [E, out, r], [E, r, in]: views
                 balanced = balance(columns, rows)
                 usable = (columns.norm(dim=1) > 0) & (rows.norm(dim=2) > 0)
                 columns.copy_(torch.where(usable[:, None, :], balanced[0], columns))
