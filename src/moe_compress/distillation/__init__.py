@@ -2,9 +2,9 @@
 
 `encoders`, `manifest`, `writer` and `reader` are the cache of teacher logits, `generate` fills it; `teachers` serves a
 cached teacher and `live` one that runs beside the student, through one interface. `losses`, `chunks` and `heads` are
-the loss on the output, `layers` compares what is inside, `objective` joins them; `parameters`, `stages`, `data`, `spikes`,
-`checkpoints` and `trainer` train the student end to end, `blockwise` layer by layer; `pipeline` is the stage of a run.
-Names are imported on first use, so that `--help` stays fast.
+the loss on the output, `layers` compares what is inside, `objective` joins both; `parameters`, `stages`, `data`,
+`spikes`, `checkpoints` and `trainer` train the student end to end, `blockwise` layer by layer;
+`pipeline` is the stage of a run. Names are imported on first use, so that `--help` stays fast.
 """
 
 from __future__ import annotations
