@@ -248,7 +248,7 @@ def _options() -> argparse.Namespace:
         "--runs",
         nargs="+",
         metavar="LAYERS:PROCESSES:ITERATIONS",
-        default=["4:1:1", "8:1:1", "16:1:1", "8:2:1", "4:1:5"],
+        default=["4:1:1", "8:1:1", "16:1:1", "8:2:1", "2:1:5"],
     )
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--hidden", type=int, default=1024)
