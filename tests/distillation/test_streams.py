@@ -113,51 +113,51 @@ def test_every_rank_of_torchrun_is_a_worker(config: Config, tmp_path: Path, monk
     assert content(tmp_path / "ranks") == content(tmp_path / "one")
 
 
-# Imports once and forks two workers per attempt, which are killed together at a random moment.
+# Imports once and forks two workers per attempt, which are killed together when so many files are finished.
 SCRIPT = """
-import json, os, random, signal, sys, time, traceback
+import json, os, signal, sys, time, traceback
 from pathlib import Path
 import datasets, transformers.models.olmoe.modeling_olmoe
 from moe_compress.distillation.generate import fill_cache
 from moe_compress.run import Run
 
-run, base, kills = Run.open(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+run, base = Run.open(sys.argv[1]), Path(sys.argv[2])
 results = sys.stdout
 sys.stdout = open(os.devnull, "w")
 os.environ["TQDM_DISABLE"] = "1"
-random.seed(sys.argv[4])
 
-def attempt(directory, workers, delay=None):
+def attempt(directory, files=None, writing=False):
     processes = []
-    for worker in range(workers):
+    for worker in range(2):
         process = os.fork()
         if process == 0:
             try:
                 generation = run.config.distillation.teacher.generation
-                generation.worker_id, generation.total_workers = worker, workers
+                generation.worker_id, generation.total_workers = worker, 2
                 fill_cache(run.config, directory)
                 os._exit(0)
             except BaseException:
                 traceback.print_exc()
                 os._exit(1)
         processes.append(process)
-    if delay is not None:
-        time.sleep(delay)
+    def due():
+        finished = len(list(directory.glob("*.h5"))) >= files
+        return finished and (not writing or any(directory.glob(".logits-*.tmp")))
+    ends = time.monotonic() + 60
+    while files is not None and not due() and time.monotonic() < ends:
+        time.sleep(0.0005)
+    if files is not None:
         for process in processes:
             os.kill(process, signal.SIGKILL)
     return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
 
-start = time.monotonic()
-assert attempt(base / "whole", 2) == [0, 0]
-length = time.monotonic() - start
+assert attempt(base / "whole") == [0, 0]
 killed, left = 0, []
-for number in range(kills):
+for number, (files, writing) in enumerate([(0, True), (1, False), (1, True), (3, False)]):
     directory = base / f"killed-{number}"
-    for _ in range(2):
-        codes = attempt(directory, 2, random.uniform(0.3, 1) * length)
-        killed += codes.count(-signal.SIGKILL)
-        left.append(len(list(directory.glob("*.h5"))))
-    assert attempt(directory, 2) == [0, 0]
+    killed += attempt(directory, files, writing).count(-signal.SIGKILL)
+    left.append(len(list(directory.glob("*.h5"))))
+    assert attempt(directory) == [0, 0]
 print(json.dumps({"killed": killed, "left": left}), file=results)
 """
 
@@ -167,7 +167,7 @@ def test_killed_workers_resume_to_the_same_set(config: Config, make_run: MakeRun
     run = Run.create(tmp_path / "settings", config)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
     result = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(run.path), str(tmp_path), "3", "5"],
+        [sys.executable, "-c", SCRIPT, str(run.path), str(tmp_path)],
         capture_output=True,
         text=True,
         env=environment,
@@ -177,7 +177,7 @@ def test_killed_workers_resume_to_the_same_set(config: Config, make_run: MakeRun
     assert result.returncode == 0, result.stderr
     facts = json.loads(result.stdout)
     assert facts["killed"] > 0 and any(0 < left < 5 for left in facts["left"]), facts
-    for number in range(3):
+    for number in range(4):
         directory = tmp_path / f"killed-{number}"
         assert content(directory) == content(tmp_path / "whole")
         assert TeacherCache(directory).files == TeacherCache(tmp_path / "whole").files
