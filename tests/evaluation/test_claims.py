@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from moe_compress.evaluation import claims
-from moe_compress.evaluation.claims import claimed, is_alive, presence, process_identity
+from moe_compress.evaluation.claims import claimed, is_alive, owner_of, presence, process_identity
 
 
 def dead_pid() -> int:
@@ -37,6 +37,28 @@ def test_a_claim_excludes_others_until_it_ends(tmp_path):
     with claimed(tmp_path, "a") as again:
         assert again
     assert not list(tmp_path.iterdir())
+
+
+def test_the_owner_is_known_while_it_works(tmp_path):
+    assert owner_of(tmp_path / "none", "a") is None and owner_of(tmp_path, "a") is None
+    with claimed(tmp_path, "a", device="cuda:1"):
+        owner = owner_of(tmp_path, "a")
+        assert owner is not None and (owner["pid"], owner["device"]) == (os.getpid(), "cuda:1")
+    assert owner_of(tmp_path, "a") is None
+    leave_claim(tmp_path, "a", pid=dead_pid())
+    assert owner_of(tmp_path, "a") is None
+
+
+def test_attempts_count_the_dead_until_the_work_is_done(tmp_path):
+    for number in range(2):
+        leave_claim(tmp_path, "a", number, pid=dead_pid())
+    with pytest.raises(ZeroDivisionError), claimed(tmp_path, "a") as attempt:
+        assert attempt == 3
+        raise ZeroDivisionError  # not done: the dead still count
+    with claimed(tmp_path, "a") as attempt:
+        assert attempt == 3
+    with claimed(tmp_path, "a") as attempt:
+        assert attempt == 1
 
 
 def test_the_claim_of_a_dead_process_is_taken_over(tmp_path):

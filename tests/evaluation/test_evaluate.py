@@ -8,10 +8,13 @@ import shutil
 import pytest
 
 from moe_compress.errors import UserError
-from moe_compress.evaluation import evaluate
-from moe_compress.evaluation.evaluate import evaluate_model, evaluate_run
+from moe_compress.evaluation import evaluate, measure
+from moe_compress.evaluation.evaluate import evaluate_run
+from moe_compress.evaluation.evaluator import teacher_path
 from moe_compress.evaluation.extras import measure_speed
+from moe_compress.evaluation.measure import evaluate_model
 from moe_compress.evaluation.results import read_results
+from moe_compress.evaluation.teacher_pass import teacher_text
 from moe_compress.modeling import count_parameters, load_model
 from moe_compress.run import Run
 
@@ -45,6 +48,7 @@ def test_a_run_is_measured_once_and_completely(make_run, fast_speed, monkeypatch
     assert student["expert_bytes"] < teacher["expert_bytes"]
     assert set(student["routing"]) == {f"model.layers.{layer}.mlp.experts" for layer in (0, 1)}
     assert student_path == run.checkpoint(0)  # kept relative to the run
+    assert (student["loop_samples"], teacher["loop_samples"]) == (16, 16) and 0 <= student["loop_rate"] <= 1
     assert (run.path / "best").is_symlink() and run.finished("evaluate")
 
     samples = json.loads((run.evals_dir / "samples.json").read_text())["samples"]
@@ -54,7 +58,7 @@ def test_a_run_is_measured_once_and_completely(make_run, fast_speed, monkeypatch
     assert {sample["decoding"] for sample in samples} == {"greedy", "temperature 0.3"}
     assert any(sample["prompt"] == run.config.evaluation.prompt.rstrip() for sample in samples)
 
-    monkeypatch.setattr(evaluate, "load_model", None)  # nothing may be loaded again
+    monkeypatch.setattr(measure, "load_model", None)  # nothing may be loaded again
     evaluate_run(run)
     assert len(keys(run)) == 5
 
@@ -100,8 +104,8 @@ def test_a_run_without_checkpoints(tmp_path, config):
         evaluate_run(Run.create(tmp_path / "run", config))
 
 
-def test_the_same_model_measures_the_same(config, student_dir, teacher_dir):
-    teacher = load_model(teacher_dir)
+def test_the_same_model_measures_the_same(config, student_dir, teacher_dir, tmp_path):
+    teacher = teacher_text(teacher_dir, config, tmp_path)
     first, second = (evaluate_model(student_dir, "student", 0, config, teacher) for _ in range(2))
     timing = {"seconds", "time"}
     assert {k: v for k, v in first.items() if k not in timing} == {k: v for k, v in second.items() if k not in timing}
@@ -113,7 +117,7 @@ def test_speed_is_measured_side_by_side(make_run, monkeypatch):
     monkeypatch.setattr(extras, "model_speed", lambda *args, **kwargs: {"rows": []})  # see test_speed
     monkeypatch.setattr(timing, "_MOST_CALLS", 1)
     run = make_run(0)
-    measured = {("teacher", 0): evaluate.teacher_path(run.config), ("student", 0): run.checkpoint(0)}
+    measured = {("teacher", 0): teacher_path(run.config), ("student", 0): run.checkpoint(0)}
     measure_speed(run, measured)
     speed = json.loads((run.evals_dir / "speed.json").read_text())
     assert speed["svd_values"] == "random" and speed["machine"]["threads"] >= 1

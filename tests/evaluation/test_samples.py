@@ -1,11 +1,10 @@
-"""Text samples: greedy is the argmax, sampling follows its seed, loops are counted."""
+"""Text samples: greedy is the argmax, sampling follows its seed."""
 
 from __future__ import annotations
 
-import pytest
 import torch
 
-from moe_compress.evaluation.samples import loop_rate, write_samples
+from moe_compress.evaluation.samples import write_samples
 
 from .conftest import make_model
 
@@ -34,11 +33,3 @@ def test_sampling_depends_on_its_seed_alone(tokenizer):
 
     assert sampled(1) == sampled(1)
     assert len({sampled(seed) for seed in range(5)}) > 1
-
-
-@pytest.mark.parametrize(
-    ("ids", "rate"),
-    [([1, 2, 3, 4, 5, 6], 0.0), ([7] * 13, 0.9), ([1, 2, 3, 4, 1, 2, 3, 4], 0.2), ([1, 2], 0.0), ([], 0.0)],
-)
-def test_loop_rate(ids, rate):
-    assert loop_rate(ids) == pytest.approx(rate)

@@ -1,126 +1,188 @@
-"""The watcher: each checkpoint exactly once, whoever else watches, whatever is broken, until training has ended."""
+"""The watcher with real processes: beside a real training, killed in the middle, told to stop, given bad devices."""
 
 from __future__ import annotations
 
 import json
-import threading
+import os
+import signal
+import subprocess
+import sys
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
-from moe_compress.evaluation import evaluate
+from moe_compress.config import DatasetConfig
+from moe_compress.errors import UserError
 from moe_compress.evaluation.results import read_results
-from moe_compress.evaluation.watch import watch
+from moe_compress.evaluation.watch import device_groups, watch
+from moe_compress.freeze import store
 from moe_compress.run import Run
 
-from .test_claims import dead_pid, leave_claim
+SOURCE = Path(__file__).parents[2] / "src"
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 
 
 @pytest.fixture
-def measured(monkeypatch) -> list[int]:
-    """Steps measured, in order; the measurement itself is quick, and fails at step 13."""
-    steps: list[int] = []
+def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """A function that starts a command of moe-compress; what still runs at the end is killed."""
+    processes: list[subprocess.Popen[str]] = []
 
-    def quick(path, label, step, config, teacher=None, **_):
-        steps.append(step)
-        if step == 13:
-            raise RuntimeError("out of luck\nsecond line")
-        return {
-            "model": label, "step": step, "path": str(path), "perplexity": 100.0 - step, "seconds": 0,
-            "settings": evaluate.settings_fingerprint(config),
-        }  # fmt: skip
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH")])),
+        }
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "moe_compress", *arguments],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=environment,
+                start_new_session=True,
+            )
+        )
+        return processes[-1]
 
-    monkeypatch.setattr(evaluate, "evaluate_model", quick)
-    monkeypatch.setattr(evaluate.Evaluator, "teacher", lambda self: None)
-    monkeypatch.setattr(evaluate.Evaluator, "rows", lambda self: None)
-    return steps
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
 
 
-def complete(run: Run) -> None:
-    (run.path / "training_complete.json").write_text("{}")
+def until(condition: Callable[[], object], seconds: float = 240.0) -> object:
+    """Wait for something to become true, and return it."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := condition():
+            return found
+        time.sleep(0.005)
+    raise AssertionError("it did not happen in time")
 
 
-def test_watches_until_training_is_complete_and_all_is_measured(make_run, measured, student_dir):
+def children(pid: int) -> set[int]:
+    """The processes that a process has started and that still live."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid and fields[0] != "Z":
+            found.add(int(stat.parent.name))
+    return found
+
+
+def claims_of(run: Run, pid: int) -> list[Path]:
+    """The claims to students that a process holds."""
+    found = []
+    for path in (run.evals_dir / "claims").glob("student-*.json"):
+        try:
+            if json.loads(path.read_text())["pid"] == pid:
+                found.append(path)
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def test_training_and_two_watchers_of_which_one_is_killed(make_run, text_file, started):
+    run = make_run()
+    config = run.config
+    config.distillation.teacher.use_cached_logits = False
+    config.distillation.dataset = DatasetConfig(name=str(text_file), max_length=32)
+    training = config.distillation.training
+    training.max_steps, training.save_steps, training.save_total_limit = 8, 2, 1
+    training.per_device_train_batch_size, training.gradient_accumulation_steps = 2, 1
+    training.bf16, training.warmup_steps = False, 0
+    store(run.path, config)
+    doomed = started("watch", f"run={run.path}")
+    (worker,) = until(lambda: children(doomed.pid))  # type: ignore[misc]
+    (claim,) = until(lambda: claims_of(run, worker))  # type: ignore[misc]
+    os.kill(worker, signal.SIGSTOP)  # in the middle of an evaluation, and it stays there
+    assert claim.exists()
+    watcher, trainer = started("watch", f"run={run.path}"), started("distill", f"run={run.path}")
+    until(lambda: read_results(run.evals_dir))
+    assert [record["step"] for record in read_results(run.evals_dir)] != [0]  # the claim of the living is respected
+    for pid in (doomed.pid, worker):
+        os.kill(pid, signal.SIGKILL)
+    assert trainer.wait(240) == 0, trainer.communicate()[0]
+    assert watcher.wait(240) == 0, watcher.communicate()[0]
+    steps = Counter((record["step"], "error" in record) for record in read_results(run.evals_dir))
+    assert steps == {(step, False): 1 for step in (0, 2, 4, 6, 8)}
+    assert (run.path / "best").exists() and not list((run.evals_dir / "claims").iterdir())
+    assert "training is complete, everything is evaluated" in watcher.communicate()[0]
+
+
+def test_a_worker_that_dies_is_started_again_and_ctrl_c_ends_all(make_run, started):
     run = make_run(0)
-    watcher = threading.Thread(target=watch, args=(run,), daemon=True)
-    watcher.start()
-    for step in (2, 4, 6):
-        time.sleep(0.1)
-        assert watcher.is_alive()
-        assert list((run.evals_dir / "watchers").iterdir())  # the trainer sees that somebody watches
-        run.checkpoint(step).symlink_to(student_dir, target_is_directory=True)
-    complete(run)
-    watcher.join(120)
-    assert not watcher.is_alive()
-    assert measured == [0, 2, 4, 6]
-    assert (run.path / "best").resolve() == run.checkpoint(6).resolve()
+    watcher = started("watch", f"run={run.path}", "evaluation.devices=[cpu,cpu]")
+    workers = until(lambda: len(children(watcher.pid)) == 2 and children(watcher.pid))
+    assert isinstance(workers, set)
+    killed = min(workers)
+    os.kill(killed, signal.SIGKILL)
+    until(lambda: len(children(watcher.pid) - {killed}) == 2)
+    until(lambda: len(read_results(run.evals_dir)) == 1)
+    alive = children(watcher.pid)
+    watcher.send_signal(signal.SIGINT)
+    output = watcher.communicate(timeout=120)[0]
+    assert watcher.returncode == 130
+    assert "was killed by signal 9; starting it again" in output
+    assert "  student at step 0: perplexity" in output
+    assert not any(Path(f"/proc/{pid}").exists() for pid in alive)
+    assert not list((run.evals_dir / "claims").iterdir()) and not (run.evals_dir / "watchers").exists()
+
+
+def test_workers_do_not_outlive_a_killed_watcher(make_run, started):
+    run = make_run(0)
+    watcher = started("watch", f"run={run.path}")
+    (worker,) = until(lambda: children(watcher.pid))  # type: ignore[misc]
+    watcher.kill()
+    watcher.wait()
+    until(lambda: not Path(f"/proc/{worker}").exists())
+
+
+def test_what_a_worker_finds_wrong_is_one_line_of_the_watcher(make_run, monkeypatch):
+    run = make_run(0)
+    run.config.evaluation.perplexity.name = "/nowhere.txt"
+    monkeypatch.setenv("PYTHONPATH", str(SOURCE), prepend=os.pathsep)
+    with pytest.raises(UserError, match="/nowhere.txt"):
+        watch(run, once=True)
     assert not (run.evals_dir / "watchers").exists()
-    watch(run)
-    assert measured == [0, 2, 4, 6]
 
 
-def test_a_failing_checkpoint_stops_nothing_and_is_not_tried_again(make_run, measured):
-    run = make_run(0, 13, 20)
-    complete(run)
-    watch(run)
-    watch(run)
-    assert measured == [0, 13, 20]
-    failure = read_results(run.evals_dir)[1]
-    assert failure["error"] == "RuntimeError: out of luck second line"
-    assert (failure["model"], failure["step"], failure["path"]) == ("student", 13, "checkpoints/checkpoint-13")
+def test_devices_are_divided_among_workers(config):
+    assert device_groups(config) == [[]]
+    config.evaluation.devices = ["cpu", "cpu"]
+    assert device_groups(config) == [["cpu"], ["cpu"]]
+    config.evaluation.devices = ["cpu", "cuda:7"]
+    with pytest.raises(UserError, match="evaluation.devices names 'cuda:7', but this machine has"):
+        device_groups(config)
+    config.evaluation.devices = ["gpu0"]
+    with pytest.raises(UserError, match="evaluation.devices names 'gpu0'; use cpu, cuda"):
+        device_groups(config)
 
 
-def test_what_is_not_a_complete_checkpoint_is_not_touched(make_run, measured):
+def test_several_gpus_for_one_model(config, monkeypatch):
+    monkeypatch.setattr("moe_compress.evaluation.watch.choose_device", lambda config: None)
+    config.evaluation.devices = [f"cuda:{number}" for number in range(4)]
+    config.evaluation.gpus_per_model = 2
+    assert device_groups(config) == [["cuda:0", "cuda:1"], ["cuda:2", "cuda:3"]]
+    config.evaluation.devices.pop()
+    with pytest.raises(UserError, match="names 3 GPUs, which evaluation.gpus_per_model=2 does not divide"):
+        device_groups(config)
+
+
+def test_refusals_before_anything_is_started(make_run, tmp_path, config):
+    with pytest.raises(UserError, match="no checkpoint to evaluate"):
+        watch(Run.create(tmp_path / "empty", config), once=True)
     run = make_run(0)
-    (run.checkpoints_dir / ".checkpoint-5.partial").mkdir()
-    run.checkpoint(7).mkdir()
-    (run.checkpoint(7) / "config.json").write_text("{}")
-    watch(run, once=True)
-    assert measured == [0]
-
-
-def test_once_ends_although_training_goes_on(make_run, measured):
-    watch(make_run(0, 2), once=True)
-    assert measured == [0, 2]
-
-
-def claim_name(run: Run, step: int) -> str:
-    return f"student-{step}-{evaluate.settings_fingerprint(run.config)}"
-
-
-def test_a_stale_claim_is_taken_over_and_a_live_one_is_not(make_run, measured):
-    run = make_run(0, 2)
-    claims = run.evals_dir / "claims"
-    claims.mkdir(parents=True)
-    leave_claim(claims, claim_name(run, 0), pid=dead_pid())
-    live = leave_claim(claims, claim_name(run, 2))  # this very process, which lives
-    watch(run, once=True)
-    assert measured == [0]
-    complete(run)
-    watcher = threading.Thread(target=watch, args=(run,), daemon=True)
-    watcher.start()
-    time.sleep(0.3)
-    assert watcher.is_alive() and measured == [0]  # it waits for the owner of the live claim
-    live.write_text(json.dumps({**json.loads(live.read_text()), "pid": dead_pid()}))
-    watcher.join(120)
-    assert measured == [0, 2]
-
-
-def test_watchers_share_a_run(make_run, measured):
-    run = make_run(*range(0, 12, 2))
-    complete(run)
-    watchers = [threading.Thread(target=watch, args=(Run.open(run.path),), daemon=True) for _ in range(3)]
-    for watcher in watchers:
-        watcher.start()
-    for watcher in watchers:
-        watcher.join(120)
-    assert sorted(measured) == list(range(0, 12, 2))
-
-
-def test_a_deleted_checkpoint_is_recorded(make_run, monkeypatch):
-    run = make_run(0)
-    monkeypatch.setattr(evaluate.Evaluator, "teacher", lambda self: None)
-    monkeypatch.setattr(evaluate.Evaluator, "rows", lambda self: run.checkpoint(0).unlink())
-    watch(run, once=True)
-    (failure,) = read_results(run.evals_dir)
-    assert failure["error"].endswith("checkpoint-0 was deleted before it was measured")
+    run.config.evaluation.tasks = {"stdlib_next_lime": 0}
+    with pytest.raises(UserError, match="nearest names are: stdlib_next_line"):
+        watch(run)
+    assert not list(run.logs_dir.glob("*"))

@@ -143,7 +143,7 @@ def make_run(tmp_path: Path) -> MakeRun:
                     "prompt": "def ",
                     "decoding": decoding,
                     "text": f"<b>{model}</b>(self):",
-                    "loop_rate": 0.25,
+                    "repeat_rate": 0.25,
                 }
                 for model in ("teacher", "zero-shot", "distilled")
                 for decoding in ("greedy", "temperature 0.3")

@@ -3,7 +3,8 @@
 A claim is a file made exclusively (`O_EXCL`) that names its process. A claim is stale when that process is gone:
 at once on the same host, and after `STALE_SECONDS` without a heartbeat where the process cannot be looked up.
 A stale claim is never deleted but outnumbered: claim n + 1 is made exclusively too, so that of two processes that
-see the same stale claim one wins. Whoever holds a claim must look again whether the work is done already.
+see the same stale claim one wins. Whoever holds a claim must look again whether the work is done already, and leaves
+its block without an exception only when it is. The number of a claim says how many owners died at the same work.
 """
 
 from __future__ import annotations
@@ -61,29 +62,46 @@ def is_alive(path: Path) -> bool:
 
 
 @contextmanager
-def claimed(directory: Path, name: str) -> Iterator[bool]:
+def claimed(directory: Path, name: str, **facts: Any) -> Iterator[int]:
     """Claim one piece of work for the length of the block.
 
     Args:
         directory: where the claims of this kind of work are kept; made if missing.
         name: the piece of work, a plain file name.
+        facts: what else the claim tells of its owner (JSON).
 
     Yields:
-        Whether the claim is ours; if not, another live process has it.
+        0 if another live process has it, else which attempt this is: 2 after one owner that died at it.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    number, newest = _newest(directory, name)
-    if newest is not None and is_alive(newest):
-        yield False
+    numbers = _numbers(directory, name)
+    newest = max(numbers, default=-1)
+    if numbers and is_alive(_claim(directory, name, newest)):
+        yield 0
         return
-    path = directory / f"{name}.{number + 1}.json"
+    path = _claim(directory, name, newest + 1)
     try:
-        _create(path)
+        _create(path, facts)
     except FileExistsError:
-        yield False
+        yield 0
         return
     with heartbeat(path):
-        yield True
+        yield newest + 2
+        for number in numbers:  # the dead are forgotten once their work is done
+            _claim(directory, name, number).unlink(missing_ok=True)
+
+
+def owner_of(directory: Path, name: str) -> dict[str, Any] | None:
+    """Who works at a piece of work at this moment: its `process_identity` and facts, or None if nobody does."""
+    if not directory.is_dir() or not (numbers := _numbers(directory, name)):
+        return None
+    path = _claim(directory, name, max(numbers))
+    if not is_alive(path):
+        return None
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):  # it ended, or is being written, at this very moment
+        return None
 
 
 @contextmanager
@@ -132,19 +150,22 @@ def heartbeat(path: Path) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-def _create(path: Path) -> None:
+def _create(path: Path, facts: dict[str, Any] | None = None) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
-        os.write(descriptor, json.dumps(process_identity()).encode())
+        os.write(descriptor, json.dumps(process_identity() | (facts or {})).encode())
     finally:
         os.close(descriptor)
 
 
-def _newest(directory: Path, name: str) -> tuple[int, Path | None]:
-    """The claim with the highest number, or (-1, None)."""
+def _claim(directory: Path, name: str, number: int) -> Path:
+    return directory / f"{name}.{number}.json"
+
+
+def _numbers(directory: Path, name: str) -> list[int]:
+    """The numbers of the claims to a piece of work."""
     pattern = re.compile(re.escape(name) + r"\.(\d+)\.json")
-    found = [(int(match[1]), path) for path in directory.iterdir() if (match := pattern.fullmatch(path.name))]
-    return max(found, default=(-1, None), key=lambda entry: entry[0])
+    return [int(match[1]) for path in directory.iterdir() if (match := pattern.fullmatch(path.name))]
 
 
 def _pid_namespace() -> str | None:

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_compress.evaluation.machine import describe_machine, placement
+from moe_compress.evaluation.machine import describe_machine
+from moe_compress.evaluation.measure import load
 from moe_compress.evaluation.results import Key, jsonable
 from moe_compress.evaluation.samples import write_samples
 from moe_compress.evaluation.speed import (
@@ -26,7 +27,6 @@ from moe_compress.modeling import (
     find_experts,
     find_shared_cores,
     fold_in_memory,
-    load_model,
     load_tokenizer,
 )
 
@@ -72,7 +72,7 @@ def write_sample_file(run: Run, paths: Mapping[Key, Path]) -> None:
     prompts = [prompt for prompt in (evaluation.prompt, _held_out_prompt(run, tokenizer)) if prompt]
     samples = []
     for name, path in chosen.items():
-        model = _load(run, path)
+        model = load(path, run.config)
         written = write_samples(model, tokenizer, prompts, evaluation.generate_tokens, run.config.seed)
         samples += [{"model": name, **sample} for sample in written]
         del model
@@ -93,7 +93,7 @@ def measure_speed(run: Run, paths: Mapping[Key, Path]) -> None:
     target = run.evals_dir / "speed.json"
     if _made_from(target) == made_from:
         return
-    models = {name: _load(run, path) for name, path in used.items()}
+    models = {name: load(path, run.config) for name, path in used.items()}
     compressed = {CORE: models["student"]} | ({SVD: models["svd"]} if svd else {})
     for model in compressed.values():
         fold_in_memory(model)
@@ -122,14 +122,6 @@ def measure_speed(run: Run, paths: Mapping[Key, Path]) -> None:
         "model": model_speed(models["teacher"], compressed, seed=run.config.seed),
     }
     write_json(target, jsonable(speed))
-
-
-def _load(run: Run, path: Path) -> Any:
-    config = run.config
-    model = load_model(
-        path, dtype=config.model.dtype, trust_remote_code=config.model.trust_remote_code, **placement(config)
-    )
-    return model.eval()
 
 
 def _held_out_prompt(run: Run, tokenizer: Any) -> str:

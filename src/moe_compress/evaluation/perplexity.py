@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,41 +12,14 @@ from torch import Tensor
 from moe_compress.config import Config
 from moe_compress.data import packed_dataset
 from moe_compress.errors import UserError
-from moe_compress.evaluation.routing import overlap, recorded_routing
+from moe_compress.evaluation.routing import LayerRouting, overlap, recorded_routing
+from moe_compress.evaluation.scores import TextScore
+from moe_compress.evaluation.teacher_text import TeacherRows, TeacherText, TeacherTextWriter
 
 # Bounds of memory: the logits that a forward pass leaves, and the slice of them that is held in fp32.
 _LOGIT_BYTES_PER_PASS = 256 * 2**20
 _LOGITS_PER_CHUNK = 8 * 2**20
 _ROWS_PER_PASS = 8
-
-
-@dataclass
-class TextScore:
-    """What a model makes of a text. Standard errors are over sequences, which are independent; tokens are not.
-
-    Attributes:
-        loss: mean negative log-likelihood per token, in nats.
-        stderr: standard error of `loss`.
-        perplexity, perplexity_stderr: exp(loss), and its error by the delta method.
-        tokens, sequences: how much text.
-        sequence_losses: mean loss of each sequence, for paired comparison of models on the same text.
-        kl, kl_stderr: mean KL(teacher || student) per token, in nats.
-        top1_agreement, top1_stderr: share of tokens where both find the same next token most likely.
-        routing: per MoE layer `entropy` (1 is balanced), `unused` experts, and, with a teacher, `agreement`.
-    """
-
-    loss: float
-    stderr: float | None
-    perplexity: float
-    perplexity_stderr: float | None
-    tokens: int
-    sequences: int
-    sequence_losses: list[float]
-    kl: float | None = None
-    kl_stderr: float | None = None
-    top1_agreement: float | None = None
-    top1_stderr: float | None = None
-    routing: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def held_out_rows(config: Config, tokenizer: Any) -> Tensor:
@@ -61,15 +32,23 @@ def held_out_rows(config: Config, tokenizer: Any) -> Tensor:
 
 
 @torch.inference_mode()
-def score_text(model: Any, rows: Tensor, teacher: Any = None, *, progress: bool = True) -> TextScore:
-    """Score a model on packed text, and compare it with a teacher where one is given.
+def score_text(
+    model: Any,
+    rows: Tensor,
+    teacher: TeacherText | None = None,
+    *,
+    keep: TeacherTextWriter | None = None,
+    progress: bool = True,
+) -> TextScore:
+    """Score a model on packed text, and compare it with a teacher on the same text where one is given.
 
     Every row stands alone (no state is carried over) and predicts its tokens 2 to L from those before.
 
     Args:
         model: a causal language model of Transformers.
         rows: `[N, L]`, int64, token ids without padding.
-        teacher: a model with the same vocabulary, on any device.
+        teacher: what a teacher with the same vocabulary makes of the same rows.
+        keep: where to write what this model makes of them, to compare others with it.
         progress: show a progress bar.
 
     Raises:
@@ -83,29 +62,29 @@ def score_text(model: Any, rows: Tensor, teacher: Any = None, *, progress: bool 
             f"held-out text has rows of {rows.shape[1]} tokens and the model reads {most}; "
             f"set evaluation.perplexity.max_length to {most} or less"
         )
-    models = [model] if teacher is None else [model, teacher]
-    for each in models:
-        each.eval()
+    model.eval()
     losses, divergences, agreements = [], [], []
-    overlaps: dict[str, list[float]] = {}
-    with ExitStack() as stack:
-        routings = [stack.enter_context(recorded_routing(each)) for each in models]
+    overlaps: dict[str, float] = {}
+    with recorded_routing(model) as routing:
+        start = 0
         for batch in _progress(rows.split(_rows_per_pass(model, rows.shape[1])), len(rows), progress):
-            logits = [each(input_ids=batch.to(each.device), use_cache=False).logits for each in models]
-            if len(models) == 2 and logits[0].shape != logits[1].shape:
+            logits = model(input_ids=batch.to(model.device), use_cache=False).logits[:, :-1]
+            if teacher is not None and logits.shape[-1] != teacher.vocabulary:
                 raise UserError(
-                    f"the teacher's vocabulary ({logits[1].shape[-1]}) is not the model's ({logits[0].shape[-1]})"
+                    f"the teacher's vocabulary ({teacher.vocabulary}) is not the model's ({logits.shape[-1]})"
                 )
+            theirs = None if teacher is None else teacher.read(start, start + len(batch))
             for row in range(len(batch)):
-                targets = batch[row, 1:].to(logits[0].device)
-                scores = _score_row(targets, logits[0][row, :-1], logits[1][row, :-1] if teacher is not None else None)
+                scores = _score_row(batch[row, 1:].to(logits.device), logits[row], theirs, row)
                 losses.append(scores[0])
                 divergences.append(scores[1])
                 agreements.append(scores[2])
-            if teacher is not None:
-                for name in routings[0].keys() & routings[1].keys():
-                    share = overlap(routings[0][name], routings[1][name])
-                    overlaps.setdefault(name, []).extend([share] * len(batch))
+                if keep is not None:
+                    keep.add(logits[row], {name: layer.of_row(row, len(batch)) for name, layer in routing.items()})
+            for name in routing.keys() & (theirs.routing if theirs is not None else {}).keys():
+                share = overlap(routing[name], theirs.routing[name])  # type: ignore[union-attr]
+                overlaps[name] = overlaps.get(name, 0.0) + share * len(batch) / len(rows)
+            start += len(batch)
     loss, stderr = _mean_and_stderr(losses)
     score = TextScore(
         loss=loss,
@@ -119,14 +98,13 @@ def score_text(model: Any, rows: Tensor, teacher: Any = None, *, progress: bool 
     if teacher is not None:
         score.kl, score.kl_stderr = _mean_and_stderr(divergences)
         score.top1_agreement, score.top1_stderr = _mean_and_stderr(agreements)
-    for name, routing in routings[0].items():
-        score.routing[name] = {"entropy": routing.entropy(), "unused": int((routing.counts == 0).sum())}
-        if name in overlaps:
-            score.routing[name]["agreement"] = sum(overlaps[name]) / len(overlaps[name])
+    _add_routing(score, routing, overlaps)
     return score
 
 
-def _score_row(targets: Tensor, logits: Tensor, teacher_logits: Tensor | None) -> tuple[float, float, float]:
+def _score_row(
+    targets: Tensor, logits: Tensor, teacher: TeacherRows | None, row: int = 0
+) -> tuple[float, float, float]:
     """Mean loss, KL(teacher || student) and top-1 agreement over the `[T]` targets of one row, logits `[T, V]`.
 
     A slice of tokens at a time, so that of a large vocabulary little is held in fp32 at once.
@@ -137,13 +115,25 @@ def _score_row(targets: Tensor, logits: Tensor, teacher_logits: Tensor | None) -
         part = slice(start, start + chunk)
         student = logits[part].float().log_softmax(-1)
         loss -= student.gather(-1, targets[part, None]).double().sum().item()
-        if teacher_logits is not None:
-            reference = teacher_logits[part].to(student.device).float().log_softmax(-1)
-            # xlogy-like: a token the teacher rules out (-inf) adds nothing, rather than 0 * inf.
-            terms = reference.exp() * (reference - student).masked_fill(reference.isneginf(), 0.0)
-            divergence += terms.double().sum().item()
-            agreement += (student.argmax(-1) == reference.argmax(-1)).sum().item()
+        if teacher is not None:
+            divergence += teacher.divergence(row, part, student).double().sum().item()
+            agreement += (student.argmax(-1) == teacher.top[row, part].to(student.device)).sum().item()
     return loss / len(targets), divergence / len(targets), agreement / len(targets)
+
+
+def _add_routing(score: TextScore, routing: dict[str, LayerRouting], overlaps: dict[str, float]) -> None:
+    for name, layer in routing.items():
+        score.routing[name] = {
+            "entropy": layer.entropy(),
+            "largest": layer.largest_load(),
+            "unused": int((layer.counts == 0).sum()),
+        }
+        if name in overlaps:
+            score.routing[name]["agreement"] = overlaps[name]
+    if score.routing:
+        score.load_entropy = sum(layer["entropy"] for layer in score.routing.values()) / len(score.routing)
+    if overlaps:
+        score.routing_agreement = sum(overlaps.values()) / len(overlaps)
 
 
 def _rows_per_pass(model: Any, length: int) -> int:

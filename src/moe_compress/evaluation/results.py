@@ -28,6 +28,7 @@ def settings_fingerprint(config: Config) -> str:
         "include_path": evaluation.include_path,
         "limit": evaluation.limit,
         "perplexity": asdict(evaluation.perplexity),
+        "loops": (evaluation.loop_samples, evaluation.generate_tokens) if evaluation.loop_samples else None,
         "seed": config.seed,
         "model": asdict(config.model),
     }
@@ -81,7 +82,7 @@ def jsonable(value: Any) -> Any:
 
 def metrics_of(record: Record) -> dict[str, float]:
     """Every metric of a record by its name: `perplexity`, `kl`, ..., and `<task>.<metric>` of the tasks."""
-    names = ("perplexity", "loss", "kl", "top1_agreement")
+    names = ("perplexity", "loss", "kl", "top1_agreement", "routing_agreement", "load_entropy", "loop_rate")
     metrics = {name: record[name] for name in names if isinstance(record.get(name), (int, float))}
     for task, entry in record.get("tasks", {}).items():
         for metric, value in entry.items():

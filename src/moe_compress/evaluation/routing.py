@@ -1,4 +1,4 @@
-"""Where tokens go: counts per expert while a model runs, their entropy, and agreement with another model's routing."""
+"""Where tokens go: counts per expert while a model runs, their entropy, and overlap with another model's choice."""
 
 from __future__ import annotations
 
@@ -45,17 +45,31 @@ class LayerRouting:
         load = self.counts.double() / self.counts.sum().clamp(min=1)
         return float(-torch.special.xlogy(load, load).sum() / math.log(self.experts)) if self.experts > 1 else 1.0
 
+    def largest_load(self) -> float:
+        """Load of the busiest expert, in multiples of a fair share."""
+        return float(self.counts.max() * self.experts / self.counts.sum().clamp(min=1))
 
-def overlap(ours: LayerRouting, theirs: LayerRouting) -> float:
-    """Share of the experts chosen in the last forward pass that the other model chose as well, mean over tokens."""
-    if ours.last is None or theirs.last is None:
+    def of_row(self, row: int, rows: int) -> Tensor:
+        """The choice `[L, k]` for one of the rows of the last forward pass."""
+        if self.last is None:
+            raise ValueError("no forward pass was recorded")
+        return self.last.view(rows, -1, self.top_k)[row]
+
+
+def overlap(ours: LayerRouting, theirs: Tensor) -> float:
+    """Share of the experts chosen in the last forward pass that another model chose as well, mean over tokens.
+
+    Args:
+        ours: the routing.
+        theirs: `[T, k]`, the other model's choice for the same tokens.
+    """
+    if ours.last is None:
         raise ValueError("no forward pass was recorded")
 
-    def mask(routing: LayerRouting) -> Tensor:
-        chosen: Any = routing.last
-        return torch.zeros(len(chosen), routing.experts + 1, device=chosen.device).scatter_(1, chosen, 1.0)
+    def mask(chosen: Tensor) -> Tensor:
+        return torch.zeros(len(chosen), ours.experts + 1, device=chosen.device).scatter_(1, chosen, 1.0)
 
-    return float((mask(ours) * mask(theirs).to(ours.last.device)).sum(-1).mean() / ours.top_k)
+    return float((mask(ours.last) * mask(theirs.to(ours.last.device))).sum(-1).mean() / ours.top_k)
 
 
 @contextmanager

@@ -1,0 +1,199 @@
+"""What of a run is to be measured, and `Evaluator`, which measures it, sharing the work with other processes."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from moe_compress.config import Config
+from moe_compress.errors import UserError
+from moe_compress.evaluation import measure
+from moe_compress.evaluation.claims import claimed
+from moe_compress.evaluation.results import (
+    Key,
+    Record,
+    append_result,
+    choose_best,
+    latest_results,
+    link_best,
+    read_results,
+    settings_fingerprint,
+)
+from moe_compress.evaluation.teacher_pass import MOST_DEATHS, teacher_text
+from moe_compress.evaluation.teacher_text import TeacherText
+from moe_compress.evaluation.trackers import Trackers
+from moe_compress.modeling import resolve_model_path
+from moe_compress.modeling.checkpoint import weight_files
+
+if TYPE_CHECKING:
+    from moe_compress.run import Run
+
+BASELINE = "baseline_svd"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model to measure: its label (`teacher`, `student` or `svd`), its training step, and where it is."""
+
+    model: str
+    step: int
+    path: Path
+
+    @property
+    def key(self) -> Key:
+        """What tells this measurement from others of the run."""
+        return self.model, self.step
+
+    def claim(self, settings: str) -> str:
+        """The name of the claim to this measurement with settings of a fingerprint."""
+        return f"{self.model}-{self.step}-{settings}"
+
+
+class Evaluator:
+    """Measures checkpoints of one run, sharing the work with other processes through claims."""
+
+    def __init__(
+        self, run: Run, say: Callable[[str], None] = print, *, retry_errors: bool = False, device: str = ""
+    ) -> None:
+        """`retry_errors`: whether what failed before is tried again (once); `device`: what the claims say."""
+        self.run = run
+        self.say = say
+        self.settings = settings_fingerprint(run.config)
+        self.claims = run.evals_dir / "claims"
+        self._device = device
+        self._retry_errors = retry_errors
+        self._attempted: set[Key] = set()
+        self._teacher_text: TeacherText | None = None
+        self._trackers = Trackers(run, say)
+
+    def latest(self) -> dict[Key, Record]:
+        """The results with the present settings."""
+        return latest_results(read_results(self.run.evals_dir), self.settings)
+
+    def pending(self, targets: Iterable[Target]) -> list[Target]:
+        """Those targets that are not measured yet."""
+        latest = self.latest()
+        return [target for target in targets if not self._is_done(target, latest)]
+
+    def measure(self, target: Target) -> bool:
+        """Measure one target and append its record, also if it fails; False if another process is at it."""
+        # Without it nothing can be measured: what goes wrong with it is not the checkpoint's fault.
+        teacher = self.teacher_text()
+        with claimed(self.claims, target.claim(self.settings), device=self._device) as attempt:
+            if not attempt:
+                return False
+            if self._is_done(target, self.latest()):
+                return True
+            self._attempted.add(target.key)
+            self.say(f"evaluating {target.model} {target.path.name}")
+            try:
+                if attempt > MOST_DEATHS:
+                    raise UserError(f"{attempt - 1} evaluators died at it (out of memory?)")
+                score = teacher.score if target.model == "teacher" else None
+                record = measure.evaluate_model(target.path, *target.key, self.run.config, teacher, score=score)
+            except Exception as error:  # one checkpoint that cannot be measured must not stop the others
+                record = failure(target, error, self.settings)
+            if target.path.is_relative_to(self.run.path):  # so that a run can be moved
+                record["path"] = str(target.path.relative_to(self.run.path))
+            append_result(self.run.evals_dir, record)
+            free_memory()
+        self._trackers.log(record)
+        return True
+
+    def teacher_text(self) -> TeacherText:
+        """What the original makes of the held-out text."""
+        if self._teacher_text is None:
+            config = self.run.config
+            self._teacher_text = teacher_text(teacher_path(config), config, self.run.evals_dir)
+            free_memory()
+        return self._teacher_text
+
+    def close(self) -> None:
+        """Link the best checkpoint, and end what the trackers hold open."""
+        update_best(self.run)
+        self._trackers.close()
+
+    def _is_done(self, target: Target, latest: dict[Key, Record]) -> bool:
+        record = latest.get(target.key)
+        if record is None:
+            return False
+        return "error" not in record or target.key in self._attempted or not self._retry_errors
+
+
+def run_targets(run: Run) -> list[Target]:
+    """Everything of a run that is to be measured, the teacher first.
+
+    Raises:
+        UserError: the run has no checkpoint.
+    """
+    students = student_targets(run)
+    if not students:
+        raise no_checkpoint(run)
+    targets = [Target("teacher", 0, teacher_path(run.config)), *students]
+    baseline = run.path / BASELINE
+    if (baseline / "config.yaml").is_file():
+        checkpoints = type(run).open(baseline).checkpoints()
+        targets += [Target("svd", step, path) for step, path in dict([*checkpoints[:1], *checkpoints[-1:]]).items()]
+    return targets
+
+
+def student_targets(run: Run) -> list[Target]:
+    """The checkpoints of the run itself, by step."""
+    return [Target("student", step, path) for step, path in run.checkpoints()]
+
+
+def is_whole(target: Target) -> bool:
+    """Whether all weights are there: not of a checkpoint that somebody is still copying."""
+    try:
+        weight_files(target.path)
+    except UserError:
+        return False
+    return True
+
+
+def no_checkpoint(run: Run) -> UserError:
+    """The error of a run that has nothing to measure yet."""
+    return UserError(f"{run.path} has no checkpoint to evaluate; run `moe-compress compress run={run.path}` first")
+
+
+def teacher_path(config: Config) -> Path:
+    """The directory of the original model."""
+    other = config.distillation.teacher.model_path
+    return resolve_model_path(other) if other else resolve_model_path(config.model.name, config.model.revision)
+
+
+def update_best(run: Run) -> None:
+    """Link `RUN/best` to the best checkpoint measured so far, if any is."""
+    evaluation = run.config.evaluation
+    latest = latest_results(read_results(run.evals_dir), settings_fingerprint(run.config))
+    best = choose_best(latest.values(), evaluation.metric, evaluation.greater_is_better, run.path)
+    if best is not None:
+        link_best(run.path, run.path / best["path"])
+
+
+def failure(target: Target, error: Exception, settings: str) -> Record:
+    """The record of a target that could not be measured."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if not target.path.exists():
+        text = f"{target.path} was deleted before it was measured"
+    return {
+        "model": target.model,
+        "step": target.step,
+        "path": str(target.path),
+        "error": text if isinstance(error, UserError) else f"{type(error).__name__}: {text}",
+        "settings": settings,
+        "time": round(time.time(), 1),
+    }
+
+
+def free_memory() -> None:
+    """Give back the memory of models that nobody holds any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
