@@ -25,7 +25,7 @@ def dead_pid() -> int:
 
 
 def leave_claim(directory: Path, name: str, number: int = 0, **changes: object) -> Path:
-    directory.mkdir(exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}.{number}.json"
     path.write_text(json.dumps({**process_identity(), **changes}))
     return path

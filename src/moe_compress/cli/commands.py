@@ -52,7 +52,7 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "--output": {
         "metavar": "DIR",
         "type": Path,
-        "help": "directory for the result (default: reference-model, inspection of `inspect`, none of `bench`)",
+        "help": "directory for the result (default: reference-model, inspection, evaluation, comparison; none of `bench`)",
     },
     "--sequences": {
         "metavar": "N",
@@ -60,6 +60,7 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "default": 8,
         "help": "sequences on which `cache verify` asks the teacher again (default 8; 0 checks the files alone)",
     },
+    "--vs": {"metavar": "TEACHER", "help": "the original to compare models with: 'reference', a directory or a hub id"},
     "--yaml": {"action": "store_true", "help": "print the settings as they would be frozen in config.yaml"},
 }
 
@@ -123,6 +124,33 @@ def _stage(name: str) -> Callable[[argparse.Namespace], None]:
     return action
 
 
+def _evaluate(options: argparse.Namespace) -> None:
+    models = _taken_names(options)
+    if not models:
+        if options.vs or options.output:
+            raise UserError("--vs and --output are for models: moe-compress evaluate MODEL ... --vs TEACHER")
+        _stage("evaluate")(options)
+        return
+    config = _composed(options)
+    _use_gpus(config)
+    from moe_compress.report import compare_models
+
+    compare_models(models, config, options.output or Path("evaluation"), teacher=options.vs)
+
+
+def _report(options: argparse.Namespace) -> None:
+    runs = _taken_names(options)
+    if len(runs) < 2:
+        if options.output:
+            raise UserError("--output is for a comparison of several runs; the report of one goes into its directory")
+        options.settings += [f"run={run}" for run in runs]
+        _stage("report")(options)
+        return
+    from moe_compress.report import compare_runs
+
+    compare_runs([Path(run) for run in runs], options.output or Path("comparison"))
+
+
 def _inspect(options: argparse.Namespace) -> None:
     _name_model(options)
     config = _composed(options)
@@ -184,8 +212,7 @@ def _reference(options: argparse.Namespace) -> None:
 
 
 def _settings(options: argparse.Namespace) -> None:
-    prefixes = [argument for argument in options.settings if "=" not in argument and not argument.startswith("~")]
-    options.settings = [argument for argument in options.settings if argument not in prefixes]
+    prefixes = _taken_names(options)
     config = _composed(options)
     if options.yaml:
         print(settings.to_yaml(config), end="")
@@ -230,6 +257,13 @@ def _name_model(options: argparse.Namespace) -> None:
         options.settings[0] = f"model={first}"
 
 
+def _taken_names(options: argparse.Namespace) -> list[str]:
+    """Take the arguments that are no settings, such as names of models or runs, out of the settings."""
+    names = [argument for argument in options.settings if "=" not in argument and not argument.startswith("~")]
+    options.settings = [argument for argument in options.settings if argument not in names]
+    return names
+
+
 def _composed(options: argparse.Namespace) -> Config:
     """The settings of a command that writes no run; with run=RUN, those of the run, changed at will."""
     fresh = settings.compose(options.settings, file=options.config)
@@ -272,6 +306,20 @@ COMMANDS: dict[str, Command] = {
         )
         for name, stage in STAGES.items()
     },
+    "evaluate": Command(
+        STAGES["evaluate"].summary,
+        _evaluate,
+        flags=("--vs", "--output", "--config"),
+        reads=STAGES["evaluate"].reads_key,
+        usage="run=RUN [key=value ...] | MODEL ... [--vs TEACHER] [--output DIR] [key=value ...]",
+    ),
+    "report": Command(
+        STAGES["report"].summary,
+        _report,
+        flags=("--output", "--config"),
+        reads=STAGES["report"].reads_key,
+        usage="RUN | RUN_A RUN_B ... [--output DIR]",
+    ),
     "export": Command(
         "write a compressed checkpoint as a dense one of the original architecture",
         _export,

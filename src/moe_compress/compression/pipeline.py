@@ -15,6 +15,7 @@ from rich.console import Console
 
 from moe_compress.compression.allocate import allocate_ranks
 from moe_compress.compression.calibrate import Calibration
+from moe_compress.compression.card import inherited, model_card, read_metadata, write_card
 from moe_compress.compression.job import Job, calibration_walk, copy_others, progress_bars
 from moe_compress.compression.layer import LayerSettings
 from moe_compress.compression.plan_table import print_plan
@@ -160,7 +161,10 @@ def compress_model(
         written = writer.finish(plan, records)
         if written != plan.after.bytes:
             raise RuntimeError(f"{written} bytes were written where the plan says {plan.after.bytes}")
-    return report_facts(source, plan, config, records)
+        facts = report_facts(source, plan, config, records)
+        metadata = inherited(read_metadata(source.path), plan.model)
+        write_card(directory, model_card(facts, metadata, title=config.experiment_name))
+    return facts
 
 
 def layer_settings(source: SourceModel, plan: Plan, config: Config, index: int, device: torch.device) -> LayerSettings:

@@ -18,6 +18,7 @@ from moe_compress.evaluation.evaluator import Target
 from moe_compress.evaluation.results import (
     Key,
     Record,
+    best_name,
     latest_results,
     metrics_of,
     read_results,
@@ -93,8 +94,7 @@ def table_of(run: Run, found: list[State], note: str = "") -> Table:
     chosen = run.config.evaluation.metric
     names = list(dict.fromkeys([chosen, *(name for metrics in measured for name in metrics if name != "loss")]))
     names = [name for name in names if any(name in metrics for metrics in measured)][:_MOST_SCORES]
-    best = run.path / "best"
-    best_name = best.resolve().name if best.exists() else None
+    best = best_name(run.path)
     table = Table(title=f"{run.path}", title_justify="left", caption=note or None, caption_justify="left")
     table.add_column("")
     table.add_column("state", overflow="fold")
@@ -104,7 +104,7 @@ def table_of(run: Run, found: list[State], note: str = "") -> Table:
     for state in shown:
         model, step = state.key
         name = model if model == "teacher" else f"{model}, step {step}"
-        is_best = model == "student" and best_name == f"checkpoint-{step}"
+        is_best = model == "student" and best == f"checkpoint-{step}"
         metrics = metrics_of(state.record) if state.record is not None else {}
         cells = [f"{metrics[name]:.4g}" if name in metrics else "" for name in names]
         words = " ".join(filter(None, [state.state, state.detail, "(best)" if is_best else ""]))

@@ -122,3 +122,9 @@ def link_best(run_path: Path, checkpoint: Path) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(os.path.relpath(checkpoint, run_path), target_is_directory=True)
     os.replace(temporary, link)
+
+
+def best_name(run_path: Path) -> str | None:
+    """The name of the checkpoint that `RUN/best` points to, if it is there."""
+    link = run_path / "best"
+    return Path(os.readlink(link)).name if link.is_symlink() and link.exists() else None

@@ -9,6 +9,7 @@ from typing import Any
 from moe_compress.evaluation.results import Record
 from moe_compress.report.collect import RunData
 from moe_compress.report.measures import (
+    behaviour_table,
     checkpoint_table,
     error_table,
     layer_table,
@@ -85,14 +86,15 @@ def sizes(data: RunData) -> Section:
         ("bytes of the model", "bytes", size),
         ("parameters", "parameters", count),
         ("active parameters per token", "active_parameters", count),
-        ("multiply-adds per token, times two", "flops_per_token", count),
+        ("FLOPs per token", "flops_per_token", count),
     )
     rows = []
     for label, key, show in kinds:
         before, after = totals.get(f"{key}_before"), totals.get(f"{key}_after")
         if before and after:
             rows.append([label, show(before), show(after), percent(after / before)])
-    section.tables.append(Table("Size", ["", "original", "compressed", "kept"], rows))
+    note = "FLOPs: two per multiply-add of the weights a token meets; attention over earlier tokens is not counted."
+    section.tables.append(Table("Size", ["", "original", "compressed", "kept"], rows, note))
     section.text.append(_method(data.compression))
     section.details.append(rank_table(data.compression))
     return section
@@ -105,14 +107,17 @@ def quality(data: RunData) -> Section:
     if not rows:
         return section
     section.tables.append(quality_table(rows))
+    behaviour = behaviour_table(rows)
+    if behaviour.rows:
+        section.tables.append(behaviour)
     every_metric = task_table(rows)
     if every_metric.rows:
         section.details.append(every_metric)
     students, baseline = data.measured("student"), data.measured("svd")
     if len(students) > 1:
-        series = {"shared core": _points(students, "perplexity")}
+        series = {"shared core": points(students, "perplexity")}
         if len(baseline) > 1:
-            series["per-expert SVD"] = _points(baseline, "perplexity")
+            series["per-expert SVD"] = points(baseline, "perplexity")
         teacher = data.teacher()
         levels = {"original": teacher["perplexity"]} if teacher and teacher.get("perplexity") else {}
         svg = line_plot("perplexity", series, x="step", y="perplexity", levels=levels, markers=True, whole_numbers=True)
@@ -178,7 +183,7 @@ def training(data: RunData) -> Section:
         if len(lines) < 2:
             continue
         labels = {"loss": "blended loss", "ce": "cross-entropy", "kl": "KL to the teacher"}
-        series = {label: _points(lines, key) for key, label in labels.items() if any(key in line for line in lines)}
+        series = {label: points(lines, key) for key, label in labels.items() if any(key in line for line in lines)}
         svg = line_plot(f"training-{name}", series, x="step", y="nats per token", whole_numbers=True)
         rates = sorted(line["tokens_per_second"] for line in lines if line.get("tokens_per_second"))
         pace = f" {significant(rates[len(rates) // 2])} tokens per second (median)." if rates else ""
@@ -255,6 +260,7 @@ def _method(compression: dict[str, Any]) -> str:
     )
 
 
-def _points(records: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
+def points(records: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """Steps and values of the records that have a value."""
     measured = [record for record in records if record.get(key) is not None]
     return [record["step"] for record in measured], [record[key] for record in measured]

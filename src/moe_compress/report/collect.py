@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe_compress.evaluation.results import Record, latest_results, read_results, settings_fingerprint
+from moe_compress.evaluation.results import Record, best_name, latest_results, read_results, settings_fingerprint
 from moe_compress.run import Run
 
 BASELINE = "baseline_svd"
@@ -70,7 +70,6 @@ class RunData:
 def collect(run: Run) -> RunData:
     """Read a run directory."""
     baseline = run.path / BASELINE
-    best = run.path / "best"
     return RunData(
         name=run.config.experiment_name,
         path=run.path,
@@ -81,7 +80,7 @@ def collect(run: Run) -> RunData:
         training=list(_lines(run.logs_dir / "train.jsonl")),
         baseline_training=list(_lines(baseline / "logs" / "train.jsonl")),
         results=latest_results(read_results(run.evals_dir), settings_fingerprint(run.config)),
-        best=best.resolve().name if best.exists() else None,
+        best=best_name(run.path),
         speed=_json(run.evals_dir / "speed.json"),
         samples=(_json(run.evals_dir / "samples.json") or {}).get("samples", []),
     )

@@ -32,7 +32,7 @@ def error_table(title: str, compression: dict[str, Any]) -> Table:
 def quality_table(rows: list[tuple[str, Record]]) -> Table:
     """One row per model; of every task the one metric that matters most."""
     tasks = {task: primary for _, record in rows for task, entry in record.get("tasks", {}).items()
-             if (primary := _primary_metric(entry))}  # fmt: skip
+             if (primary := primary_metric(entry))}  # fmt: skip
     columns = ["", "perplexity", "KL to original", "top-1 agreement"]
     columns += [f"{task} {metric}" for task, metric in tasks.items()]
     columns += ["expert bytes", "all bytes", "active parameters"]
@@ -60,7 +60,30 @@ def quality_table(rows: list[tuple[str, Record]]) -> Table:
     return Table("Held-out text and tasks", columns, cells, note, emphasis)
 
 
-def _primary_metric(entry: dict[str, Any]) -> str | None:
+def behaviour_table(rows: list[tuple[str, Record]]) -> Table:
+    """What perplexity does not show: where tokens are routed, and whether texts end in loops; empty if not measured."""
+    columns = ["", "same experts as original", "load entropy", "texts that end in a loop", "repeated 4-grams"]
+    cells = [
+        [
+            name,
+            percent(record.get("routing_agreement")),
+            number(record.get("load_entropy")),
+            _share(record.get("loop_rate"), record.get("loop_stderr")),
+            percent(record.get("repeat_rate")),
+        ]
+        for name, record in rows
+    ]
+    samples = max((record.get("loop_samples") or 0 for _, record in rows), default=0)
+    note = "Load entropy: 1 is balanced." + (f" Loops: of {samples} texts at temperature 0.3." if samples else "")
+    measured = any(cell != MISSING for row in cells for cell in row[1:])
+    return Table("Routing and loops", columns, cells if measured else [], note)
+
+
+def _share(value: float | None, error: float | None) -> str:
+    return percent(value, 0) if value is None or error is None else f"{100 * value:.0f} ± {100 * error:.0f} %"
+
+
+def primary_metric(entry: dict[str, Any]) -> str | None:
     """The metric of a task to show first: accuracy if it has one, else its first."""
     metrics = [name.partition(".")[2] for name in metrics_of({"tasks": {"": entry}})]
     return next((name for name in ("acc", "exact_match") if name in metrics), next(iter(metrics), None))
@@ -88,8 +111,10 @@ def checkpoint_table(students: list[Record], best: str | None) -> Table:
     for record in students:
         name = f"step {record['step']}" + (" (best)" if best == f"checkpoint-{record['step']}" else "")
         rows.append([name, with_error(record.get("perplexity"), record.get("perplexity_stderr"), 2),
-                     number(record.get("kl")), number(record.get("top1_agreement"))])  # fmt: skip
-    return Table("Checkpoints", ["", "perplexity", "KL to original", "top-1 agreement"], rows)
+                     with_error(record.get("kl"), record.get("kl_stderr")), number(record.get("top1_agreement")),
+                     percent(record.get("routing_agreement")), percent(record.get("loop_rate"), 0)])  # fmt: skip
+    columns = ["", "perplexity", "KL to original", "top-1 agreement", "same experts", "loops"]
+    return Table("Checkpoints", columns, rows)
 
 
 def layer_table(layer: dict[str, Any], speed: dict[str, Any]) -> Table:

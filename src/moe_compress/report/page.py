@@ -1,8 +1,8 @@
-"""`write_report`: RUN/report.html (one file, nothing fetched), RUN/report.md, RUN/report.json; a printed summary."""
+"""`write_report`: RUN/report.html (one file, nothing fetched), report.md, report.json, the model cards, a summary."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -13,6 +13,7 @@ from rich.console import Console
 from moe_compress.evaluation.results import jsonable
 from moe_compress.files import write_atomically, write_json
 from moe_compress.report.build import Section, build
+from moe_compress.report.cards import refresh_cards
 from moe_compress.report.collect import RunData, collect
 from moe_compress.report.tables import Table
 from moe_compress.report.verdict import compare
@@ -27,18 +28,53 @@ SUMMARY = ("Size", "Held-out text and tasks", "One MoE layer", "Whole model")
 def write_report(run: Run) -> None:
     """Write the report of a run from what it has measured so far, and print its tables and findings.
 
-    What is not there yet (no distillation, no speed) is left out. Writing it again replaces it.
+    The model cards of its checkpoints (README.md) are brought up to date as well. What is not there yet (no
+    distillation, no speed) is left out. Writing it again replaces it.
     """
     with run.stage(STAGE):
         data = collect(run)
         sections = build(data)
-        write_atomically(run.path / "report.html", render_html(data, sections))
-        write_atomically(run.path / "report.md", render_markdown(data, sections))
+        page = page_of(data, sections)
+        write_atomically(run.path / "report.html", render_html(page))
+        write_atomically(run.path / "report.md", render_markdown(page))
         write_json(run.path / "report.json", jsonable(as_dict(data, sections)))
+        refresh_cards(run, data)
     print_summary(run, sections, Console())
 
 
-def render_html(data: RunData, sections: list[Section]) -> str:
+@dataclass
+class Page:
+    """What is shown, as HTML or as Markdown.
+
+    Attributes:
+        title, subtitle: heading.
+        sections: tables and figures.
+        samples: text that models wrote, grouped by prompt and decoding.
+        settings: YAML behind a fold.
+        provenance: machine and versions behind a fold.
+    """
+
+    title: str
+    subtitle: str
+    sections: list[Section]
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    settings: str = ""
+    provenance: Table | None = None
+
+
+def page_of(data: RunData, sections: list[Section]) -> Page:
+    """The page of one run."""
+    return Page(
+        data.name,
+        f"{data.config['model']['name']}, compressed by moe-compress",
+        sections,
+        sample_groups(data),
+        yaml.safe_dump(data.config, sort_keys=False, allow_unicode=True),
+        provenance(data),
+    )
+
+
+def render_html(page: Page) -> str:
     """The page: one HTML text that refers to nothing outside itself."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("moe_compress.report", "templates"),
@@ -48,29 +84,24 @@ def render_html(data: RunData, sections: list[Section]) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["svg"] = Markup  # figures are ours, drawn by `plots`
-    return environment.get_template("report.html.j2").render(
-        data=data,
-        sections=sections,
-        samples=sample_groups(data),
-        settings=yaml.safe_dump(data.config, sort_keys=False, allow_unicode=True),
-        provenance=provenance(data),
-    )
+    return environment.get_template("report.html.j2").render(page=page)
 
 
-def render_markdown(data: RunData, sections: list[Section]) -> str:
+def render_markdown(page: Page) -> str:
     """The same findings and tables as Markdown, without figures."""
-    parts = [f"# {data.name}"]
-    for section in sections:
+    parts = [f"# {page.title}"]
+    for section in page.sections:
         parts.append(f"## {section.title}")
         parts += section.text if section.name != "findings" else ["\n".join(f"- {line}" for line in section.text)]
         parts += [table.to_markdown() for table in (*section.tables, *section.details)]
-    for group in sample_groups(data):
+    for group in page.samples:
         parts.append(f"## Text: {group['decoding']}")
         for sample in group["samples"]:
             # Indented by four, so that whatever a model writes stays code.
             text = "\n".join("    " + line for line in (group["prompt"] + sample["text"]).splitlines())
             parts.append(f"**{sample['model']}**\n\n{text}")
-    parts += ["## Machine and versions", provenance(data).to_markdown()]
+    if page.provenance is not None:
+        parts += ["## Machine and versions", page.provenance.to_markdown()]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 

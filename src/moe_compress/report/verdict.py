@@ -34,22 +34,32 @@ class Comparison:
 
 def compare(core: Record, svd: Record) -> Comparison | None:
     """Compare two measurements; None when one has no finite loss."""
-    if core.get("loss") is None or svd.get("loss") is None:
+    result = paired_difference(svd, core)
+    if result is None:
         return None
-    difference = svd["loss"] - core["loss"]
-    ours, theirs = core.get("sequence_losses") or [], svd.get("sequence_losses") or []
-    if len(ours) == len(theirs) > 1 and None not in ours + theirs:
-        # The same sequences in the same order: the spread of their differences is far below that of the losses.
-        gaps = [b - a for a, b in zip(ours, theirs, strict=True)]
-        mean = sum(gaps) / len(gaps)
-        stderr: float | None = math.sqrt(sum((gap - mean) ** 2 for gap in gaps) / (len(gaps) - 1) / len(gaps))
-    elif core.get("stderr") is not None and svd.get("stderr") is not None:
-        stderr = math.hypot(core["stderr"], svd["stderr"])
-    else:
-        stderr = None
+    difference, stderr = result
     if difference == 0 or (stderr is not None and abs(difference) < _SIGNIFICANT * stderr):
         return Comparison(difference, stderr, "draw")
     return Comparison(difference, stderr, "shared core" if difference > 0 else "per-expert SVD")
+
+
+def paired_difference(one: Record, other: Record) -> tuple[float, float | None] | None:
+    """Loss of one model minus that of another, and its standard error; None when one has no finite loss.
+
+    On the same sequences in the same order the error is that of the mean of the differences, whose spread is far below
+    that of the losses; else the errors of both add up, or it is None where they are unknown.
+    """
+    if one.get("loss") is None or other.get("loss") is None:
+        return None
+    difference = one["loss"] - other["loss"]
+    ours, theirs = one.get("sequence_losses") or [], other.get("sequence_losses") or []
+    if len(ours) == len(theirs) > 1 and None not in ours + theirs:
+        gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
+        mean = sum(gaps) / len(gaps)
+        return difference, math.sqrt(sum((gap - mean) ** 2 for gap in gaps) / (len(gaps) - 1) / len(gaps))
+    if one.get("stderr") is not None and other.get("stderr") is not None:
+        return difference, math.hypot(one["stderr"], other["stderr"])
+    return difference, None
 
 
 def sentences(data: RunData) -> list[str]:
