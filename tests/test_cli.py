@@ -169,6 +169,32 @@ def test_plan_and_bench_take_settings_of_a_run(recorder: Recorder, monkeypatch: 
     assert yaml.safe_load(Path("r/config.yaml").read_text())["compression"]["target_ratio"] == preset
 
 
+def test_evaluate_and_report_take_models_and_runs(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[Any] = []
+    report = SimpleNamespace(
+        compare_models=lambda models, config, output, teacher: seen.append((models, config.seed, output, teacher)),
+        compare_runs=lambda runs, output: seen.append((runs, output)),
+    )
+    monkeypatch.setitem(sys.modules, "moe_compress.report", report)
+    assert main(["evaluate", "some/model", "seed=3", "./dir", "--vs", "reference"]) == 0
+    assert main(["evaluate", "x", "--output", "out"]) == 0
+    assert main(["report", "a", "b"]) == 0
+    assert main(["report", "a", "b", "--output", "out"]) == 0
+    assert seen == [
+        (["some/model", "./dir"], 3, Path("evaluation"), "reference"),
+        (["x"], 42, Path("out"), None),
+        ([Path("a"), Path("b")], Path("comparison")),
+        ([Path("a"), Path("b")], Path("out")),
+    ]
+    assert main(["compress", "run=r"]) == 0
+    assert main(["report", "r"]) == 0  # one run: the stage
+    assert [name for name, _, _ in recorder.calls] == ["compress", "report"]
+    assert "evaluate MODEL ... --vs TEACHER" in error_of(capsys, "evaluate", "run=r", "--vs", "reference")
+    assert "comparison of several runs" in error_of(capsys, "report", "r", "--output", "out")
+
+
 def test_export(recorder: Recorder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     seen: list[tuple[str, Path, bool]] = []
 

@@ -37,6 +37,12 @@ def record(config: Config, model: str, step: int, loss: float, **values: Any) ->
         "kl_stderr": 0.01 if compressed else None,
         "top1_agreement": 0.71 if compressed else None,
         "top1_stderr": 0.01 if compressed else None,
+        "routing_agreement": 0.8 if compressed else None,
+        "load_entropy": 0.95,
+        "loop_rate": 0.25,
+        "loop_stderr": 0.11,
+        "loop_samples": 16,
+        "repeat_rate": 0.3,
         "tasks": {
             "stdlib_next_line": {"acc": 0.41, "acc_stderr": 0.03, "acc_norm": 0.4, "few_shot": 0, "documents": 200},
             "wikitext": {"error": "ConnectionError: no network"},
@@ -113,10 +119,10 @@ def speed() -> dict[str, Any]:
 def make_run(tmp_path: Path) -> MakeRun:
     """A function that makes a run; `core` and `svd` are the losses after distillation, None leaves the part out."""
 
-    def make(core: float | None = 1.50, svd: float | None = 1.60, *, with_speed: bool = True) -> Run:
+    def make(core: float | None = 1.50, svd: float | None = 1.60, *, with_speed: bool = True, name: str = "run") -> Run:
         config = Config(experiment_name="<demo> & co")
         config.evaluation.prompt = "<script>alert('prompt')</script>"
-        run = Run.create(tmp_path / "run", config)
+        run = Run.create(tmp_path / name, config)
         write_json(run.path / "compression.json", compression(0.25))
         records = [record(config, "teacher", 0, 1.2), record(config, "student", 0, 2.0)]
         if core is not None:

@@ -79,7 +79,7 @@ def test_the_page_has_every_part(page):
         "provenance",
     ]
     assert [name for name in page.ids if name in parts] == parts
-    assert page.tags.count("svg") == 6  # perplexity, two of errors, training, speed, routing
+    assert page.tags.count("svg") == 8  # perplexity, two of errors, three of training, speed, routing
     assert page.open == []  # every element is closed
     for text in (
         "shared core, distilled",

@@ -123,8 +123,8 @@ def _what(compression: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
     )
     return (
         f"`{original}` ({compression['architecture']}), its experts compressed by moe-compress: in {len(layers)} MoE "
-        f"layers each expert became {form}, fitted {data} ({compression['method']}). All other weights are the "
-        "original's, unless a section on distillation below says otherwise."
+        f"layers each expert became {form}, fitted by {compression['method']}{data}. All other weights are those of "
+        "the original, unless a section on distillation below says otherwise."
     )
 
 

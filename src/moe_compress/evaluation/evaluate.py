@@ -12,6 +12,7 @@ from moe_compress.evaluation.board import View
 from moe_compress.evaluation.evaluator import Evaluator, run_targets
 from moe_compress.evaluation.extras import measure_speed, write_sample_file
 from moe_compress.evaluation.harness import check_tasks
+from moe_compress.evaluation.machine import choose_device
 
 if TYPE_CHECKING:
     from moe_compress.run import Run
@@ -27,10 +28,12 @@ def evaluate_run(run: Run) -> None:
     the same settings, here or by a watcher, is not measured again; what failed then is tried again.
 
     Raises:
-        UserError: no checkpoint, an unknown task or metric, or a model that could not be measured (after the rest was).
+        UserError: no checkpoint, an unknown task, metric or device, or a model that could not be measured (after the
+            rest was).
     """
     console = Console()
     check_tasks(run.config.evaluation)
+    choose_device(run.config)
     targets = run_targets(run)
     view = View(run, lambda: targets, console)
     evaluator = Evaluator(run, view.say, retry_errors=True)

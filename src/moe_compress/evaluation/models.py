@@ -9,6 +9,7 @@ from moe_compress.config import Config
 from moe_compress.distillation.fingerprints import teacher_fingerprint
 from moe_compress.evaluation.evaluator import Target, failure, free_memory
 from moe_compress.evaluation.harness import check_tasks
+from moe_compress.evaluation.machine import choose_device
 from moe_compress.evaluation.measure import evaluate_model
 from moe_compress.evaluation.results import Record, append_result, read_results, settings_fingerprint
 from moe_compress.evaluation.teacher_pass import teacher_text
@@ -38,9 +39,10 @@ def evaluate_models(
         One record per model, `model` being its name as given; of one that cannot be measured, with `error`.
 
     Raises:
-        UserError: a model that does not exist, an unknown task, or a teacher that cannot be loaded.
+        UserError: a model or device that does not exist, an unknown task, or a teacher that cannot be loaded.
     """
     check_tasks(config.evaluation)
+    choose_device(config)
     names = list(dict.fromkeys([*([teacher] if teacher else []), *models]))
     targets = [Target(name, 0, resolve_model_path(name)) for name in names]
     settings = settings_fingerprint(config)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from moe_compress.evaluation.perplexity import score_text
 from moe_compress.files import write_atomically
 from moe_compress.reference.data import Split
 from moe_compress.reference.recipe import ReferenceRecipe, packed_ids
@@ -29,24 +30,6 @@ class ReferenceMeasures:
     sample: str
 
 
-@torch.no_grad()
-def model_loss(model: Any, ids: torch.Tensor, batch_size: int = 8) -> tuple[float, torch.Tensor]:
-    """Mean next-token loss over rows `[rows, length]`, and how often each expert was chosen, `[layers, experts]`."""
-    config = model.config
-    load = torch.zeros(config.num_hidden_layers, config.num_experts)
-    total, count = 0.0, 0
-    for batch in ids.split(batch_size):
-        outputs = model(input_ids=batch, output_router_logits=True, use_cache=False)
-        logits = outputs.logits[:, :-1].flatten(0, 1).float()
-        labels = batch[:, 1:].flatten()
-        total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
-        count += labels.numel()
-        for layer, router_logits in enumerate(outputs.router_logits):
-            chosen = router_logits.topk(config.num_experts_per_tok, dim=-1).indices.flatten()
-            load[layer] += torch.bincount(chosen, minlength=config.num_experts)
-    return total / count, load
-
-
 def unigram_loss(train_ids: torch.Tensor, ids: torch.Tensor, vocab_size: int) -> float:
     """Loss of the add-one unigram model of the training text on the targets of other rows, in nats per token."""
     counts = torch.bincount(train_ids.flatten(), minlength=vocab_size).double() + 1
@@ -65,15 +48,14 @@ def measure_reference(model_dir: Path, recipe: ReferenceRecipe, prompt: str = PR
     }
     losses: dict[str, float] = {}
     unigram: dict[str, float] = {}
-    load = torch.zeros(0)
+    routing: list[dict[str, Any]] = []
     for split, ids in rows.items():
         part = ids[: len(rows["validation"])] if split == "train" else ids
-        losses[split], split_load = model_loss(model, part)
+        score = score_text(model, part, progress=False)
+        losses[split] = score.loss
         unigram[split] = unigram_loss(rows["train"], ids, recipe.vocab_size)
         if split == "validation":
-            load = split_load
-    share = load / load.sum(-1, keepdim=True)
-    entropy = torch.special.entr(share).sum(-1) / math.log(share.shape[-1])
+            routing = list(score.routing.values())
     torch.manual_seed(recipe.seed)
     prompt_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     generated = model.generate(prompt_ids, max_new_tokens=160, do_sample=True, temperature=0.6, top_p=0.9)
@@ -81,9 +63,9 @@ def measure_reference(model_dir: Path, recipe: ReferenceRecipe, prompt: str = PR
         tokens={split: ids.numel() for split, ids in rows.items()},
         losses=losses,
         unigram_losses=unigram,
-        load_entropy=entropy.tolist(),
-        largest_load=(share.max(-1).values * share.shape[-1]).tolist(),
-        dead_experts=(load == 0).sum(-1).tolist(),
+        load_entropy=[layer["entropy"] for layer in routing],
+        largest_load=[layer["largest"] for layer in routing],
+        dead_experts=[layer["unused"] for layer in routing],
         sample=str(tokenizer.decode(generated[0], skip_special_tokens=True)),
     )
 

@@ -96,6 +96,10 @@ def sizes(data: RunData) -> Section:
     note = "FLOPs: two per multiply-add of the weights a token meets; attention over earlier tokens is not counted."
     section.tables.append(Table("Size", ["", "original", "compressed", "kept"], rows, note))
     section.text.append(_method(data.compression))
+    ranks = _ranks(data.compression)
+    if len({rank for _, line in ranks.values() for rank in line}) > len(ranks):  # else a line of text has said it
+        svg = line_plot("ranks", ranks, x="MoE layer", y="delta rank", markers=True, whole_numbers=True, bottom=0.0)
+        section.figures.append(Figure(svg, "Ranks of the deltas, by layer and projection."))
     section.details.append(rank_table(data.compression))
     return section
 
@@ -174,20 +178,21 @@ def errors(data: RunData) -> Section:
 
 
 def training(data: RunData) -> Section:
-    """Loss over the steps of the distillation."""
+    """The parts of the loss over the steps of the distillation, of the run and of its baseline."""
     section = Section("training", "Distillation")
-    for title, name, lines in (
-        ("Shared core", "core", data.training),
-        ("Per-expert SVD", "svd", data.baseline_training),
-    ):
-        if len(lines) < 2:
-            continue
-        labels = {"loss": "blended loss", "ce": "cross-entropy", "kl": "KL to the teacher"}
-        series = {label: points(lines, key) for key, label in labels.items() if any(key in line for line in lines)}
-        svg = line_plot(f"training-{name}", series, x="step", y="nats per token", whole_numbers=True)
+    logs = {"shared core": data.training, "per-expert SVD": data.baseline_training}
+    labels = {"loss": "loss that is trained on", "ce": "cross-entropy", "kl": "KL to the teacher"}
+    for key, label in labels.items():
+        series = {name: points(lines, key) for name, lines in logs.items()}
+        series = {name: line for name, line in series.items() if len(line[0]) > 1}
+        if series:
+            svg = line_plot(f"training-{key}", series, x="step", y="nats per token", whole_numbers=True)
+            section.figures.append(Figure(svg, f"Training: {label}."))
+    for name, lines in logs.items():
         rates = sorted(line["tokens_per_second"] for line in lines if line.get("tokens_per_second"))
-        pace = f" {significant(rates[len(rates) // 2])} tokens per second (median)." if rates else ""
-        section.figures.append(Figure(svg, f"{title}: training loss, {lines[-1]['step']} steps.{pace}"))
+        if section.figures and rates:
+            pace = significant(rates[len(rates) // 2])
+            section.text.append(f"{lines[-1]['step']:,} steps, {pace} tokens per second (median): {name}.")
     return section
 
 
@@ -243,6 +248,17 @@ def routing(data: RunData) -> Section:
     return section
 
 
+def _ranks(compression: dict[str, Any]) -> dict[str, tuple[list[float], list[float]]]:
+    """Projection to the numbers of the MoE layers that have it, and its delta rank there."""
+    ranks: dict[str, tuple[list[float], list[float]]] = {}
+    for number_, layer in enumerate(compression["layers"].values()):
+        for projection, own in layer["projections"].items():
+            places, line = ranks.setdefault(projection, ([], []))
+            places.append(number_)
+            line.append(own["delta_rank"])
+    return ranks
+
+
 def _method(compression: dict[str, Any]) -> str:
     layers = compression["layers"]
     projections = next(iter(layers.values()))["projections"]
@@ -251,11 +267,11 @@ def _method(compression: dict[str, Any]) -> str:
     how = f"{' or '.join(words.get(number, f'{number} cores') for number in cores)} and a low-rank delta per expert"
     if cores == [0]:
         how = "low-rank factors per expert"
-    fitted = "weighed by calibration data" if compression.get("calibrated") else "on the weights alone"
+    fitted = ", weighed by calibration data," if compression.get("calibrated") else " on the weights alone,"
     names = " and ".join(projections)
     return (
         f"{compression.get('architecture', 'The model')}: in {len(layers)} MoE layers, {names} became {how} "
-        f"({compression.get('parameterization')}), fitted by {compression.get('method')} {fitted}, "
+        f"({compression.get('parameterization')}), fitted by {compression.get('method')}{fitted} "
         f"neurons aligned: {compression.get('alignment')}."
     )
 

@@ -34,7 +34,7 @@ def quality_table(rows: list[tuple[str, Record]]) -> Table:
     tasks = {task: primary for _, record in rows for task, entry in record.get("tasks", {}).items()
              if (primary := primary_metric(entry))}  # fmt: skip
     columns = ["", "perplexity", "KL to original", "top-1 agreement"]
-    columns += [f"{task} {metric}" for task, metric in tasks.items()]
+    columns += [f"{task.replace('_', ' ')} {metric}" for task, metric in tasks.items()]
     columns += ["expert bytes", "all bytes", "active parameters"]
     cells = []
     for name, record in rows:
@@ -43,7 +43,7 @@ def quality_table(rows: list[tuple[str, Record]]) -> Table:
             [
                 name,
                 with_error(record.get("perplexity"), record.get("perplexity_stderr"), 2),
-                with_error(record.get("kl"), record.get("kl_stderr")),
+                with_error(record.get("kl"), record.get("kl_stderr"), 4),
                 with_error(record.get("top1_agreement"), record.get("top1_stderr")),
                 *(
                     with_error(score.get(metric), score.get(f"{metric}_stderr"))
@@ -111,7 +111,7 @@ def checkpoint_table(students: list[Record], best: str | None) -> Table:
     for record in students:
         name = f"step {record['step']}" + (" (best)" if best == f"checkpoint-{record['step']}" else "")
         rows.append([name, with_error(record.get("perplexity"), record.get("perplexity_stderr"), 2),
-                     with_error(record.get("kl"), record.get("kl_stderr")), number(record.get("top1_agreement")),
+                     with_error(record.get("kl"), record.get("kl_stderr"), 4), number(record.get("top1_agreement")),
                      percent(record.get("routing_agreement")), percent(record.get("loop_rate"), 0)])  # fmt: skip
     columns = ["", "perplexity", "KL to original", "top-1 agreement", "same experts", "loops"]
     return Table("Checkpoints", columns, rows)

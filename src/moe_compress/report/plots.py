@@ -32,7 +32,10 @@ _STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "grid.color": "#888888",
     "grid.alpha": 0.25,
+    "legend.fontsize": 9,
     "legend.frameon": False,
+    "legend.handlelength": 1.3,
+    "legend.columnspacing": 1.0,
     "legend.labelcolor": _INK,
     "lines.linewidth": 1.8,
 }
@@ -123,7 +126,7 @@ def _legend(axes: Axes) -> None:
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=2, borderaxespad=0.2)
 
 
-def _svg(name: str, draw: Callable[[Axes], None], inches: tuple[float, float] = (7.2, 3.4)) -> str:
+def _svg(name: str, draw: Callable[[Axes], None], inches: tuple[float, float] = (4.8, 3.1)) -> str:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=inches, layout="constrained")
         draw(figure.subplots())

@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 
 MISSING = "–"  # noqa: RUF001  (an en dash for 'no value')
@@ -31,9 +32,19 @@ class Table:
 
     def to_rich(self) -> RichTable:
         """The table for the terminal."""
-        table = RichTable(title=self.title, caption=self.note or None, title_justify="left", caption_justify="left")
+        table = RichTable(
+            title=self.title,
+            caption=self.note or None,
+            title_justify="left",
+            caption_justify="left",
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+        )
         for number, column in enumerate(self.columns):
-            table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+            if number == 0:
+                table.add_column(column, overflow="fold", min_width=12)
+            else:
+                table.add_column(column, justify="right", overflow="fold")
         for number, row in enumerate(self.rows):
             table.add_row(*row, style="bold" if number in self.emphasis else None)
         return table
