@@ -155,6 +155,9 @@ def test_rows_are_packed_text(config, tokenizer):
     rows = held_out_rows(config, tokenizer)
     assert rows.shape == (6, LENGTH) and rows.dtype == torch.int64
     assert torch.equal(rows, held_out_rows(config, tokenizer))
+    config.evaluation.perplexity.packing = "truncate"
+    with pytest.raises(UserError, match="packing is truncate"):
+        held_out_rows(config, tokenizer)
 
 
 def test_refusals(text_of):

@@ -23,7 +23,7 @@ def record(config: Config, model: str, step: int, loss: float, **values: Any) ->
     return {
         "model": model,
         "step": step,
-        "path": f"checkpoints/checkpoint-{step}",
+        "path": f"{'baseline_svd/' if model == 'svd' else ''}checkpoints/checkpoint-{step}",
         "settings": settings_fingerprint(config),
         "loss": loss,
         "stderr": 0.02,
@@ -64,6 +64,7 @@ def compression(error: float) -> dict[str, Any]:
     }  # fmt: skip
     keys = ("bytes", "expert_bytes", "parameters", "expert_parameters", "active_parameters", "flops_per_token")
     return {
+        "model": "reference",
         "architecture": "OlmoeForCausalLM",
         "method": "closed_form",
         "parameterization": "delta",

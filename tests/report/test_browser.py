@@ -36,20 +36,25 @@ addEventListener("load", () => {
   const text = [...document.querySelectorAll("p, li, td, th, pre")];
   const smallest = Math.min(...text.map(element => parseFloat(getComputedStyle(element).fontSize)));
   const page = document.scrollingElement;
-  document.body.dataset.probe = JSON.stringify({figures, smallest, width: page.scrollWidth, window: innerWidth});
+  parent.postMessage(JSON.stringify({figures, smallest, width: page.scrollWidth, window: innerWidth}), "*");
 });
 </script>"""
 
+# A window of Chromium is 500 wide at least; a frame in it is as narrow as a phone.
+_FRAME = """<!DOCTYPE html><html><head><link rel="icon" href="data:,"></head><body>
+<script>addEventListener("message", message => { document.body.dataset.probe = message.data; });</script>
+<iframe src="page.html" style="width: %dpx; height: 900px; border: 0"></iframe></body></html>"""
+
 
 def looked_at(html: str, directory: Path, width: int) -> tuple[dict[str, Any], list[str]]:
-    """What a browser window of some width finds on a page, and what it says on its console."""
-    path = directory / f"page-{width}.html"
-    path.write_text(html.replace("</body>", f"{_PROBE}</body>"), encoding="utf-8")
+    """What a browser finds on a page in a frame of some width, and what it says on its console."""
+    (directory / "page.html").write_text(html.replace("</body>", f"{_PROBE}</body>"), encoding="utf-8")
+    (directory / "frame.html").write_text(_FRAME % width, encoding="utf-8")
     result = subprocess.run(
         [
             str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-            "--enable-logging=stderr", f"--user-data-dir={directory / 'profile'}", f"--window-size={width},900",
-            "--virtual-time-budget=5000", "--dump-dom", path.as_uri(),
+            "--enable-logging=stderr", f"--user-data-dir={directory / 'profile'}", "--window-size=1400,1000",
+            "--virtual-time-budget=5000", "--dump-dom", (directory / "frame.html").as_uri(),
         ],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip

@@ -32,7 +32,7 @@ def run(make_run):
     for step in (0, 20, 50):
         run.checkpoint(step).mkdir(parents=True)
         (run.checkpoint(step) / "config.json").write_text("{}")
-        card = model_card({**compression(0.25), "model": "a/b"}, {"license": "mit"}, title="x")
+        card = model_card(compression(0.25), {"license": "mit"}, title="x")
         (run.checkpoint(step) / "README.md").write_text(card)
     link_best(run.path, run.checkpoint(50))
     return run

@@ -263,3 +263,11 @@ def test_one_table_three_ways():
     assert table.to_markdown() == ("### T\n\n|  | a\\|b |\n| :--- | ---: |\n| x | 1 |\n| **y** | **2** |\n\nnoted\n")
     assert table.to_json()["rows"] == [["x", "1"], ["y", "2"]]
     assert table.to_rich().row_count == 2
+
+
+def test_a_table_too_wide_for_the_terminal_is_turned():
+    table = Table("T", ["", "first", "second", "third"], [["x", "1", "2", "3"], ["y", "4", "5", "6"]])
+    assert [column.header for column in table.to_rich(80).columns] == ["", "first", "second", "third"]
+    turned = table.to_rich(20)
+    assert [column.header for column in turned.columns] == ["", "x", "y"] and turned.row_count == 3
+    assert list(turned.columns[2].cells) == ["4", "5", "6"]

@@ -26,8 +26,13 @@ def held_out_rows(config: Config, tokenizer: Any) -> Tensor:
     """The text of `evaluation.perplexity`, packed: `[N, L]`, int64.
 
     Raises:
-        UserError: the data set cannot be had.
+        UserError: the data set cannot be had, or is to be read in another way than end to end.
     """
+    if config.evaluation.perplexity.packing != "pack":
+        raise UserError(
+            f"evaluation.perplexity.packing is {config.evaluation.perplexity.packing}, but held-out text is read end to "
+            "end; set it to pack"
+        )
     return torch.tensor(packed_dataset(config.evaluation.perplexity, tokenizer, config.seed)["input_ids"][:])
 
 

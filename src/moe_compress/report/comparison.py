@@ -48,7 +48,7 @@ def compare_runs(paths: Sequence[Path], output: Path) -> None:
     console = Console()
     for section in sections:
         for table in section.tables:
-            console.print(table.to_rich())
+            console.print(table.to_rich(console.width))
     for line in sections[0].text:
         console.print(f"* {line}", highlight=False)
     console.print(f"report: {output / 'report.html'}", highlight=False, soft_wrap=True)
@@ -88,7 +88,7 @@ def findings(named: Sequence[Named]) -> Section:
             continue
         difference, stderr = result
         error = "" if stderr is None else f" ± {number(stderr, 4)}"
-        verdict = "cannot be told apart from" if stderr is None or abs(difference) < 2 * stderr else (
+        verdict = "cannot be told apart from" if stderr is None or abs(difference) <= 2 * stderr else (
             "is worse than" if difference > 0 else "is better than"
         )  # fmt: skip
         section.text.append(

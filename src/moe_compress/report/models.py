@@ -40,7 +40,7 @@ def compare_models(models: Sequence[str], config: Config, output: Path, *, teach
     )
     write_atomically(output / "evaluation.md", "\n".join(table.to_markdown() for table in tables))
     for table in tables[:2]:
-        console.print(table.to_rich())
+        console.print(table.to_rich(console.width))
     console.print(f"results: {output / 'evaluation.json'}", highlight=False, soft_wrap=True)
     failed = [record for record in records if "error" in record]
     if failed:

@@ -132,7 +132,7 @@ def print_summary(run: Run, sections: list[Section], console: Console) -> None:
     for section in sections:
         for table in section.tables:
             if table.title in SUMMARY:
-                console.print(table.to_rich())
+                console.print(table.to_rich(console.width))
     for section in sections:
         if section.name == "findings":
             for line in section.text:

@@ -30,8 +30,13 @@ class Table:
     note: str = ""
     emphasis: list[int] = field(default_factory=list)
 
-    def to_rich(self) -> RichTable:
-        """The table for the terminal."""
+    def to_rich(self, width: int = 0) -> RichTable:
+        """The table for a terminal; of few long rows that do not fit into its width, rows become columns."""
+        columns, rows, emphasis = self.columns, self.rows, self.emphasis
+        widest = [max(len(row[number]) for row in [columns, *rows]) for number in range(len(columns))]
+        if width and sum(widest) + 3 * len(columns) > width and len(rows) < len(columns) - 1:
+            columns, *rows = map(list, zip(columns, *rows, strict=True))
+            emphasis = []
         table = RichTable(
             title=self.title,
             caption=self.note or None,
@@ -40,13 +45,10 @@ class Table:
             box=SIMPLE_HEAD,
             pad_edge=False,
         )
-        for number, column in enumerate(self.columns):
-            if number == 0:
-                table.add_column(column, overflow="fold", min_width=12)
-            else:
-                table.add_column(column, justify="right", overflow="fold")
-        for number, row in enumerate(self.rows):
-            table.add_row(*row, style="bold" if number in self.emphasis else None)
+        for number, column in enumerate(columns):
+            table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+        for number, row in enumerate(rows):
+            table.add_row(*row, style="bold" if number in emphasis else None)
         return table
 
     def to_markdown(self) -> str:
