@@ -117,7 +117,8 @@ def _what(compression: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
     original = metadata.get("base_model") or Path(str(compression["model"])).name
     layers = compression["layers"]
     cores = {own["cores"] for layer in layers.values() for own in layer["projections"].values()}
-    form = "low-rank factors of its own" if cores == {0} else "a core shared by all experts and a low-rank delta"
+    sharing = "all experts" if max(cores) == 1 else "a group of experts"
+    form = "low-rank factors of its own" if cores == {0} else f"a core shared by {sharing} and a low-rank delta"
     data = (
         "weighed by what the experts see on calibration text" if compression["calibrated"] else "on the weights alone"
     )
