@@ -28,12 +28,12 @@ def held_out_rows(config: Config, tokenizer: Any) -> Tensor:
     Raises:
         UserError: the data set cannot be had, or is to be read in another way than end to end.
     """
-    if config.evaluation.perplexity.packing != "pack":
+    text = config.evaluation.perplexity
+    if text.packing != "pack":
         raise UserError(
-            f"evaluation.perplexity.packing is {config.evaluation.perplexity.packing}, but held-out text is read end to "
-            "end; set it to pack"
+            f"evaluation.perplexity.packing is {text.packing}, but held-out text is read end to end; set it to pack"
         )
-    return torch.tensor(packed_dataset(config.evaluation.perplexity, tokenizer, config.seed)["input_ids"][:])
+    return torch.tensor(packed_dataset(text, tokenizer, config.seed)["input_ids"][:])
 
 
 @torch.inference_mode()
