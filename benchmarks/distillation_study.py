@@ -24,10 +24,11 @@ from moe_compress import settings
 from moe_compress.compression import compress
 from moe_compress.config import Config, LrMultiplier, StageConfig
 from moe_compress.distillation import distill, generate_teacher_logits
-from moe_compress.distillation.teachers import load_teacher
-from moe_compress.evaluation.perplexity import TextScore, held_out_rows, score_text
+from moe_compress.distillation.teachers import teacher_path
+from moe_compress.evaluation import TextScore, score_text
+from moe_compress.evaluation.teacher_pass import teacher_text
 from moe_compress.files import append_line, directory_in_progress, write_atomically
-from moe_compress.modeling import load_model, load_tokenizer
+from moe_compress.modeling import load_model
 from moe_compress.run import Run
 
 EXPERTS, CORES, FACTORS = r"\.experts\.", r"\.experts\.\w*proj$", r"\.experts\.\w*_(delta|u|v)_(in|out)$"
@@ -133,11 +134,11 @@ def train(name: str, seed: int, options: argparse.Namespace) -> tuple[Run, Run]:
     return start, run
 
 
-def measure(checkpoint: Path, config: Config) -> TextScore:
-    """Loss on held-out text and KL from the teacher, of a checkpoint."""
-    rows = held_out_rows(config, load_tokenizer(str(checkpoint)))
+def measure(checkpoint: Path, config: Config, directory: Path) -> TextScore:
+    """Loss on held-out text and KL from the teacher, of a checkpoint; the teacher's pass over it is kept in a directory."""
+    teacher = teacher_text(teacher_path(config), config, directory)
     student = load_model(str(checkpoint), dtype="float32")
-    return score_text(student, rows, load_teacher(config, "cpu"), progress=False)
+    return score_text(student, teacher.rows, teacher, progress=False)
 
 
 def table(results: list[dict[str, Any]], steps: int) -> str:
@@ -190,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     done = {(line["variant"], line["seed"], line["steps"]) for line in results}
 
     def record(name: str, seed: int, checkpoint: Path, config: Config) -> None:
-        score = measure(checkpoint, config)
+        score = measure(checkpoint, config, options.out)
         line = {"variant": name, "seed": seed, "steps": options.steps, "loss": score.loss, "kl": score.kl}
         results.append(line | {"agreement": score.top1_agreement, "tokens": options.steps * 4 * 512})
         append_line(log, results[-1])

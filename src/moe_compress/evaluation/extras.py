@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_compress.evaluation.machine import describe_machine
 from moe_compress.evaluation.measure import load
+from moe_compress.evaluation.model_speed import model_speed
 from moe_compress.evaluation.results import Key, jsonable
 from moe_compress.evaluation.samples import write_samples
 from moe_compress.evaluation.speed import (
@@ -17,7 +18,6 @@ from moe_compress.evaluation.speed import (
     SVD,
     cut_to_aligned_ranks,
     layer_speed,
-    model_speed,
     random_layer,
     same_bytes_layout,
 )

@@ -161,15 +161,20 @@ def model_table(model: dict[str, Any]) -> Table:
         f"writing {model['decode_tokens']} tokens",
         "speed",
     ]
+    with_memory = any(row.get("peak_bytes") for row in model["rows"])
+    columns += ["weights", "weights and peak"] if with_memory else []
     rows = []
     for row in model["rows"]:
         cells = [row["variant"]]
         for kind in kinds:
             has = row.get(kind) is not None
             cells += [_spread(row, kind), f"{row[f'{kind}_speedup']:.2f}x"] if has else [MISSING, MISSING]
+        cells += [size(row.get("weight_bytes")), size(row.get("peak_bytes"))] if with_memory else []
         rows.append(cells)
     emphasis = [index for index, row in enumerate(model["rows"]) if row["variant"] == "shared core"]
     note = "Tokens per second, one sequence at a time; median (quartiles), interleaved."
+    if with_memory:
+        note += " Peak: the most that reading the prompt allocates beyond the weights."
     return Table("Whole model", columns, rows, note, emphasis)
 
 
