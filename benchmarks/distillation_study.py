@@ -135,8 +135,8 @@ def train(name: str, seed: int, options: argparse.Namespace) -> tuple[Run, Run]:
 
 
 def measure(checkpoint: Path, config: Config, directory: Path) -> TextScore:
-    """Loss on held-out text and KL from the teacher, of a checkpoint; the teacher's pass over it is kept in a directory."""
-    teacher = teacher_text(teacher_path(config), config, directory)
+    """Loss on held-out text and KL from the teacher, of a checkpoint; the teacher's pass is kept in a directory."""
+    teacher = teacher_text(Path(teacher_path(config)), config, directory)
     student = load_model(str(checkpoint), dtype="float32")
     return score_text(student, teacher.rows, teacher, progress=False)
 

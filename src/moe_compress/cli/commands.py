@@ -52,7 +52,7 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "--output": {
         "metavar": "DIR",
         "type": Path,
-        "help": "directory for the result (default: inspection, reference-model, evaluation, comparison; `bench`: none)",
+        "help": "directory for the result (default: inspection, reference-model, evaluation, comparison; bench: none)",
     },
     "--sequences": {
         "metavar": "N",
