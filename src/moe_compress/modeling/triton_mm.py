@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 @triton.jit
-def _row_kernel(
+def _row_kernel(  # type: ignore[no-untyped-def]
     rows, weight, out, experts, scale, padding, in_features, out_features,
     HAS_SCALE: tl.constexpr, HAS_PADDING: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
 ):  # fmt: skip
