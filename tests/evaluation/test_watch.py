@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from moe_compress.config import DatasetConfig
 from moe_compress.errors import UserError
+from moe_compress.evaluation.results import read_results
 from moe_compress.evaluation.watch import device_groups, watch
+from moe_compress.freeze import store
 from moe_compress.run import Run
 
 SOURCE = Path(__file__).parents[2] / "src"
@@ -46,11 +52,14 @@ def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     yield start
     for process in processes:
         if process.poll() is None:
-            process.kill()
-        process.communicate()
+            for pid in (*children(process.pid), process.pid):  # also those that were stopped
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
 
 
-def until(condition: Callable[[], object], seconds: float = 240.0) -> object:
+def until(condition: Callable[[], object], seconds: float = 600.0) -> object:
     """Wait for something to become true, and return it."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -71,6 +80,68 @@ def children(pid: int) -> set[int]:
         if int(fields[1]) == pid and fields[0] != "Z":
             found.add(int(stat.parent.name))
     return found
+
+
+def claims_of(run: Run, pid: int) -> list[Path]:
+    """The claims to students that a process holds."""
+    found = []
+    for path in (run.evals_dir / "claims").glob("student-*.json"):
+        try:
+            if json.loads(path.read_text())["pid"] == pid:
+                found.append(path)
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def test_training_and_two_watchers_of_which_one_is_killed(make_run, text_file, started):
+    run = make_run()
+    config = run.config
+    config.distillation.teacher.use_cached_logits = False
+    config.distillation.dataset = DatasetConfig(name=str(text_file), max_length=32)
+    training = config.distillation.training
+    training.max_steps, training.save_steps, training.save_total_limit = 8, 2, 1
+    training.per_device_train_batch_size, training.gradient_accumulation_steps = 2, 1
+    training.bf16, training.warmup_steps = False, 0
+    store(run.path, config)
+    with run.stage("compress"):  # the student is there already
+        pass
+    doomed = started("watch", f"run={run.path}")
+    (worker,) = until(lambda: children(doomed.pid))  # type: ignore[misc]
+    (claim,) = until(lambda: claims_of(run, worker))  # type: ignore[misc]
+    os.kill(worker, signal.SIGSTOP)  # in the middle of an evaluation, and it stays there
+    assert claim.exists()
+    watcher, trainer = started("watch", f"run={run.path}"), started("distill", f"run={run.path}")
+    until(lambda: read_results(run.evals_dir) or trainer.poll())
+    assert not trainer.poll(), trainer.communicate()[0]
+    assert [record["step"] for record in read_results(run.evals_dir)] != [0]  # the claim of the living is respected
+    for pid in (doomed.pid, worker):
+        os.kill(pid, signal.SIGKILL)
+    assert trainer.wait(600) == 0, trainer.communicate()[0]
+    assert watcher.wait(600) == 0, watcher.communicate()[0]
+    steps = Counter((record["step"], "error" in record) for record in read_results(run.evals_dir))
+    assert steps == {(step, False): 1 for step in (0, 2, 4, 6, 8)}
+    assert (run.path / "best").exists() and not list((run.evals_dir / "claims").iterdir())
+    assert "training is complete, everything is evaluated" in watcher.communicate()[0]
+
+
+def test_a_worker_that_dies_is_started_again_and_ctrl_c_ends_all(make_run, started):
+    run = make_run(0)
+    watcher = started("watch", f"run={run.path}", "evaluation.devices=[cpu,cpu]")
+    workers = until(lambda: len(children(watcher.pid)) == 2 and children(watcher.pid))
+    assert isinstance(workers, set)
+    killed = min(workers)
+    os.kill(killed, signal.SIGKILL)
+    until(lambda: len(children(watcher.pid) - {killed}) == 2)
+    until(lambda: len(read_results(run.evals_dir)) == 1)
+    alive = children(watcher.pid)
+    watcher.send_signal(signal.SIGINT)
+    output = watcher.communicate(timeout=300)[0]
+    assert watcher.returncode == 130
+    assert "was killed by signal 9; starting it again" in output
+    assert "  student at step 0: perplexity" in output
+    assert not any(Path(f"/proc/{pid}").exists() for pid in alive)
+    assert not list((run.evals_dir / "claims").iterdir()) and not (run.evals_dir / "watchers").exists()
 
 
 def test_workers_do_not_outlive_a_killed_watcher(make_run, started):

@@ -130,8 +130,10 @@ class View:
         """Show the table for the length of the block; what other code writes to stderr goes to `RUN/logs`."""
         if not self.console.is_terminal:
             self._told = {state.key: state for state in self._states() if state.record is not None}
-            yield self
-            self.update()
+            try:
+                yield self
+            finally:
+                self.update()
             return
         with ExitStack() as stack:
             self.run.logs_dir.mkdir(parents=True, exist_ok=True)
