@@ -120,8 +120,9 @@ class _Collect(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         spread = _Spread.apply(gradient, *ctx.routing)
-        if not ctx.saved_tensors:
+        saved = ctx.saved_tensors  # read once: activation checkpointing allows no more
+        if not saved:
             return spread, None, None, None, None
-        rows, weights = ctx.saved_tensors
+        rows, weights = saved
         of_weights = (spread * rows).sum(dim=1, keepdim=True) if ctx.needs_input_grad[1] else None
         return spread * weights, of_weights, None, None, None
