@@ -72,13 +72,17 @@ def low_rank(
         inner = row_mm(rows, delta_in, routing.experts, scale=scale, padding=routing.padding)
         return row_mm(inner, delta_out, routing.experts)
     inner = expert_mm(rows, delta_in, routing)
-    if scale is not None:
-        inner = inner * scale
-    return expert_mm(inner.masked_fill(routing.padding, 0.0), delta_out, routing)
+    if torch.is_grad_enabled():
+        inner = (inner if scale is None else inner * scale).masked_fill(routing.padding, 0.0)
+    else:  # in place: no buffers to fill
+        inner = (inner if scale is None else inner.mul_(scale)).masked_fill_(routing.padding, 0.0)
+    return expert_mm(inner, delta_out, routing)
 
 
 def _bagged(rows: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
     count, in_features, out_features = weight.shape
     dtype = torch.int32 if count * in_features < 2**31 else torch.int64
-    index = experts.to(dtype)[:, None] * in_features + torch.arange(in_features, dtype=dtype, device=experts.device)
+    first = torch.arange(in_features, dtype=dtype, device=experts.device)
+    # One operation for the products and the sums: for one token, launching operations is a tenth of the time.
+    index = torch.add(first, experts.to(dtype)[:, None], alpha=in_features)
     return F.embedding_bag(index, weight.reshape(-1, out_features), per_sample_weights=rows, mode="sum")
