@@ -80,7 +80,11 @@ def main() -> None:
                 keep({**kind, **layer}, layer_grids(layer, facts), break_even_lines(layer))
         for model in options.models:
             for ratio in options.ratios:
-                speed = whole_model(model, ratio, dtype, device, options)
+                try:
+                    speed = whole_model(model, ratio, dtype, device, options)
+                except UserError as error:
+                    console.print(f"{model}, {name}, {ratio:.2%} of the bytes: {error}", highlight=False)
+                    continue
                 title = f"{model}, {ratio:.2%} of the expert bytes"
                 keep({"model": model, "dtype": name, "ratio": ratio, **speed}, [model_grid(speed, facts, title)], [])
 

@@ -189,7 +189,7 @@ def test_the_rank_at_which_a_layer_is_as_fast(fixed_times):
     # Twice as fast with cores of 6144 and deltas of 2 * 8 * (128 + 96): it may count twice as many multiply-adds.
     assert layer["faster_below"] == {2: {"gate_up_proj": 29, "down_proj": 29}}
     assert break_even_lines(layer) == [
-        "2 tokens: 2.00x, faster than the fastest original; even at about delta rank gate_up_proj 29, down_proj 29."
+        "2 tokens: 2.00x, faster than the fastest original; break-even at about delta rank gate_up_proj 29, down_proj 29."
     ]
     layer["faster_below"], layer["rows"][-2]["speedup"] = {2: {"gate_up_proj": 0, "down_proj": 0}}, 0.5
     assert break_even_lines(layer) == ["2 tokens: 0.50x, slower than the fastest original; slower at any rank."]

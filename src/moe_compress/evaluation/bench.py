@@ -173,8 +173,9 @@ def break_even_lines(layer: Mapping[str, Any]) -> list[str]:
     for tokens, ranks in layer["faster_below"].items():
         compared = "faster" if speedups[tokens] >= 1 else "slower"
         estimate = ", ".join(f"{name} {rank}" for name, rank in ranks.items())
-        until = f"even at about delta rank {estimate}" if all(ranks.values()) else "slower at any rank"
-        lines.append(f"{tokens:,} tokens: {speedups[tokens]:.2f}x, {compared} than the fastest original; {until}.")
+        until = f"break-even at about delta rank {estimate}" if all(ranks.values()) else "slower at any rank"
+        number = f"{tokens:,} token{'s' if tokens > 1 else ''}"
+        lines.append(f"{number}: {speedups[tokens]:.2f}x, {compared} than the fastest original; {until}.")
     return lines
 
 

@@ -128,5 +128,5 @@ def _cell(row: Mapping[str, Any]) -> str:
     if "roofline_ms" in row:
         lines[0] += f"  {row['roofline_ms'] / row['ms']:.0%}"
     if "kept_bytes" in row:
-        lines.append(f"{row['kept_bytes'] / 1e6:,.0f} / {row['peak_bytes'] / 1e6:,.0f} MB")
+        lines.append(f"{row['kept_bytes'] / 1e6:,.3g} / {row['peak_bytes'] / 1e6:,.3g} MB")
     return "\n".join(lines)
