@@ -44,7 +44,9 @@ def free_bytes(device: torch.device) -> int:
 
 
 def choose_device(config: Config) -> torch.device:
-    """The first of `evaluation.devices`, or else the GPU with the most free memory (of `gpu_ids`), or the CPU.
+    """The first of `evaluation.devices`, or else the GPU with the most free memory, or the CPU.
+
+    The command line has made the GPUs of `gpu_ids` the only ones there are, numbered from 0.
 
     Raises:
         UserError: a device that does not exist.
@@ -53,10 +55,8 @@ def choose_device(config: Config) -> torch.device:
         return _existing_device(config.evaluation.devices[0])
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    allowed = config.gpu_ids or list(range(torch.cuda.device_count()))
-    for index in allowed:
-        _existing_device(f"cuda:{index}")
-    return torch.device("cuda", max(allowed, key=lambda index: torch.cuda.mem_get_info(index)[0]))
+    free = [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
+    return torch.device("cuda", free.index(max(free)))
 
 
 def placement(config: Config) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def placement(config: Config) -> dict[str, Any]:
     if wanted <= 1 or device.type != "cuda":
         return {"device": device}
     named = [_existing_device(name).index or 0 for name in config.evaluation.devices]
-    allowed = (named or config.gpu_ids or list(range(torch.cuda.device_count())))[:wanted]
+    allowed = (named or list(range(torch.cuda.device_count())))[:wanted]
     if len(allowed) < wanted:
         raise UserError(f"evaluation.gpus_per_model is {wanted}, but only {len(allowed)} GPUs may be used")
     free = {index: int(0.9 * torch.cuda.mem_get_info(index)[0]) for index in allowed}
