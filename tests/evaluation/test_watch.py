@@ -45,6 +45,8 @@ def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
                 text=True,
                 env=environment,
                 start_new_session=True,
+                # A suite that a shell started in the background ignores Ctrl-C, and its children would inherit that.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             )
         )
         return processes[-1]
