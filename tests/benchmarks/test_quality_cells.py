@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import OlmoeConfig, OlmoeForCausalLM
+from transformers import OlmoeForCausalLM
 
 from benchmarks.quality.__main__ import main
 from benchmarks.quality.calibration import find_router
@@ -32,21 +32,10 @@ ARGUMENTS = "--length 32 --calibration-rows 4 --validation-rows 2 --test-rows 2 
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
+def source(tmp_path_factory, tiny_olmoe):
     directory = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    config = OlmoeConfig(
-        vocab_size=4096,
-        hidden_size=32,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        num_experts=8,
-        num_experts_per_tok=2,
-        pad_token_id=0,
-        initializer_range=0.3,  # experts strong enough that their loss shows
-    )
+    config = tiny_olmoe(vocab_size=4096, initializer_range=0.3)  # experts strong enough that their loss shows
     OlmoeForCausalLM(config).save_pretrained(directory)
     load_tokenizer("reference").save_pretrained(directory)
     corpus = directory / "corpus"

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn.functional import silu
-from transformers import OlmoeConfig, OlmoeForCausalLM
+from transformers import OlmoeForCausalLM
 
 from benchmarks.quality.calibration import collect_layers
 from benchmarks.quality.forms import Bases, FormExperts, Merged, expert_bytes
@@ -22,21 +22,9 @@ from moe_compress.factorization import permute_neurons
 
 
 @pytest.fixture(scope="module")
-def teacher():
+def teacher(tiny_olmoe):
     torch.manual_seed(0)
-    config = OlmoeConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        num_experts=8,
-        num_experts_per_tok=2,
-        norm_topk_prob=True,
-        pad_token_id=0,
-    )
-    model = OlmoeForCausalLM(config).eval()
+    model = OlmoeForCausalLM(tiny_olmoe(vocab_size=64, norm_topk_prob=True)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "mlp" in name:

@@ -178,18 +178,25 @@ def test_allocations_are_followed():
     assert found.kept == 4000 and 4_004_000 <= found.peak < 4_100_000
 
 
-def test_the_rank_at_which_a_layer_is_as_fast(fixed_times):
+def bench_tiny_layers(count):
+    """The figures of `count` equal layers, benched as one, at wrapper rank 4."""
     model_config = OlmoeConfig(
-        vocab_size=11, hidden_size=64, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=11, hidden_size=64, intermediate_size=32, num_hidden_layers=count, num_attention_heads=2,
         num_experts=4, num_experts_per_tok=2,
     )  # fmt: skip
     config = Config()
     config.compression.rank, config.compression.target_ratio = 4, None
     (layer,) = bench_layers(model_config, None, config, torch.float32, CPU, tokens=(2,), seconds=0)
+    return layer
+
+
+def test_the_rank_at_which_a_layer_is_as_fast(fixed_times):
+    layer = bench_tiny_layers(count=1)
     # Twice as fast with cores of 6144 and deltas of 2 * 8 * (128 + 96): it may count twice as many multiply-adds.
     assert layer["faster_below"] == {2: {"gate_up_proj": 29, "down_proj": 29}}
     assert break_even_lines(layer) == [
-        "2 tokens: 2.00x, faster than the fastest original; break-even at about delta rank gate_up_proj 29, down_proj 29."
+        "2 tokens: 2.00x, faster than the fastest original; "
+        "break-even at about delta rank gate_up_proj 29, down_proj 29."
     ]
     layer["faster_below"], layer["rows"][-2]["speedup"] = {2: {"gate_up_proj": 0, "down_proj": 0}}, 0.5
     assert break_even_lines(layer) == ["2 tokens: 0.50x, slower than the fastest original; slower at any rank."]
@@ -234,13 +241,7 @@ def test_model_speed_leaves_the_model_as_it_was():
 
 
 def test_a_layer_is_timed_from_its_configuration_alone():
-    model_config = OlmoeConfig(
-        vocab_size=11, hidden_size=64, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
-        num_experts=4, num_experts_per_tok=2,
-    )  # fmt: skip
-    config = Config()
-    config.compression.rank, config.compression.target_ratio = 4, None
-    (layer,) = bench_layers(model_config, None, config, torch.float32, CPU, tokens=(2,), seconds=0)
+    layer = bench_tiny_layers(count=3)
     assert (layer["count"], layer["experts"], layer["top_k"]) == (3, 4, 2)
     assert layer["layouts"][CORE]["down_proj"] == {"delta_rank": 8, "cores": 1}
     kept = sum(rows * columns + 4 * 8 * (rows + columns) for rows, columns in ((64, 64), (64, 32)))
