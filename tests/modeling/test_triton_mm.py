@@ -25,7 +25,7 @@ def test_in_the_interpreter() -> None:
 
 
 def equals_the_torch_path(dtype: torch.dtype, features: int, rank: int, tokens: int) -> None:
-    from moe_compress.modeling.expert_mm import low_rank
+    from moe_compress.modeling.expert_mm import expert_mm, out_side
     from moe_compress.modeling.routing import Routing
     from moe_compress.modeling.triton_mm import row_mm
 
@@ -39,9 +39,10 @@ def equals_the_torch_path(dtype: torch.dtype, features: int, rank: int, tokens: 
     routing = Routing(index, weights, 4, by_row=True)
     for scale in (None, routing.weights):
         exact = None if scale is None else scale.double()
-        expected = low_rank(rows.double(), delta_in.double(), delta_out.double(), routing, scale=exact)
-        inner = row_mm(rows, delta_in, routing.experts, scale=scale, padding=routing.padding)
-        out = row_mm(inner, delta_out, routing.experts)
+        inner = expert_mm(rows.double(), delta_in.double(), routing)
+        expected = out_side(inner, delta_out.double(), routing, scale=exact)
+        inner = row_mm(rows, delta_in, routing.experts)
+        out = row_mm(inner, delta_out, routing.experts, scale=scale, padding=routing.padding)
         assert out.dtype == dtype
         tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
         torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))

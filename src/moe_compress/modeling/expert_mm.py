@@ -47,36 +47,39 @@ def expert_mm(rows: Tensor, weight: Tensor, routing: Routing) -> Tensor:
     """
     if not routing.by_row:
         return grouped_mm(rows, weight, routing.offsets)
+    if _uses_triton(rows):
+        from moe_compress.modeling.triton_mm import row_mm
+
+        return row_mm(rows, weight, routing.experts)
     if rows.device.type == "cpu" and not torch.is_grad_enabled():
         return _bagged(rows, weight, routing.experts)
     return torch.bmm(rows.unsqueeze(1), weight[routing.experts]).squeeze(1)
 
 
-def low_rank(
-    rows: Tensor, delta_in: Tensor, delta_out: Tensor, routing: Routing, *, scale: Tensor | None = None
-) -> Tensor:
-    """`(x delta_in_e) delta_out_e` of every row x; 0 for padding.
+def out_side(inner: Tensor, delta_out: Tensor, routing: Routing, *, scale: Tensor | None = None) -> Tensor:
+    """The second half of a low-rank product: the inner values of every row times `delta_out_e`; 0 for padding.
 
     Args:
-        rows: [S, in], in the order of the routing's rows.
-        delta_in: [E, in, R].
+        inner: [S, R], what `expert_mm` makes of the rows; overwritten where no gradient needs it.
         delta_out: [E, R, out].
         scale: [S, 1], a factor for each row.
 
     Returns:
         [S, out].
     """
-    if routing.by_row and rows.device.type == "cuda" and _TRITON and not torch.is_grad_enabled():
+    if routing.by_row and _uses_triton(inner):
         from moe_compress.modeling.triton_mm import row_mm
 
-        inner = row_mm(rows, delta_in, routing.experts, scale=scale, padding=routing.padding)
-        return row_mm(inner, delta_out, routing.experts)
-    inner = expert_mm(rows, delta_in, routing)
+        return row_mm(inner, delta_out, routing.experts, scale=scale, padding=routing.padding)
     if torch.is_grad_enabled():
         inner = (inner if scale is None else inner * scale).masked_fill(routing.padding, 0.0)
     else:  # in place: no buffers to fill
         inner = (inner if scale is None else inner.mul_(scale)).masked_fill_(routing.padding, 0.0)
     return expert_mm(inner, delta_out, routing)
+
+
+def _uses_triton(rows: Tensor) -> bool:
+    return _TRITON and rows.device.type == "cuda" and not torch.is_grad_enabled()
 
 
 def _bagged(rows: Tensor, weight: Tensor, experts: Tensor) -> Tensor:

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from moe_compress.errors import UserError
 from moe_compress.factorization.factors import Factors, WrapperFactors
 from moe_compress.modeling.cores import collect_products, spread_products
-from moe_compress.modeling.expert_mm import by_row, low_rank
+from moe_compress.modeling.expert_mm import by_row, expert_mm, out_side
 from moe_compress.modeling.find import describe_experts, up_projection
+from moe_compress.modeling.recompute import recomputed
 from moe_compress.modeling.routing import Routing
 from moe_compress.modeling.tensors import (
     Layout,
@@ -198,19 +199,28 @@ class SharedCoreExperts(nn.Module):
 
         # A token without any expert may hold anything, even NaN; it must not reach the core, nor its gradient.
         tokens = hidden_states.to(dtype).masked_fill(routing.padded.all(dim=1, keepdim=True), 0.0)
-        inner = low_rank(routing.spread(tokens), up.delta_in.mT, up.delta_out.mT, routing)
+
+        def up_values(tokens: Tensor) -> Tensor:
+            return expert_mm(routing.spread(tokens), up.delta_in.mT, routing)
+
+        def gated(inner: Tensor) -> tuple[Tensor, Tensor | None]:
+            rows = self._gate(inner)
+            values = expert_mm(rows, down.delta_in.mT, routing)
+            return values, None if down.core is None else collect_products(rows, down, routing)
+
+        inner = out_side(recomputed(up_values, tokens), up.delta_out.mT, routing)
         if up.core is not None:
             inner = _sum(inner, spread_products(tokens, up, routing))
         bias = self.bias(up_name)
         if bias is not None:
             inner = _sum(inner, bias.to(dtype).index_select(0, routing.experts))
-        rows = self._gate(inner)
+        values, of_core = recomputed(gated, inner)
 
         # The routing weight is applied where it costs least: to the delta's inner values, and in the sum over experts.
         scale = routing.weights.to(dtype)
-        out = routing.collect(low_rank(rows, down.delta_in.mT, down.delta_out.mT, routing, scale=scale))
-        if down.core is not None:
-            out = _sum(out, collect_products(rows, down, routing))
+        out = routing.collect(out_side(values, down.delta_out.mT, routing, scale=scale))
+        if of_core is not None:
+            out = _sum(out, of_core)
         bias = self.bias(down_name)
         if bias is not None:
             out = _sum(out, F.linear(routing.dense_weights().to(dtype), bias.to(dtype).mT))
