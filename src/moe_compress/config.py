@@ -212,6 +212,9 @@ class TrainingConfig:
     bf16: bool = setting(True, "Train under bf16 autocast.")
     gradient_checkpointing: bool = setting(False, "Recompute activations to save memory.")
     torch_compile: bool = setting(False, "Compile the student with torch.compile.")
+    torch_compile_backend: str = setting(
+        "inductor", "Backend of torch.compile.", ("inductor", "cudagraphs", "aot_eager", "eager")
+    )
     deepspeed: str | None = setting(
         None, "zero2, zero3 or a DeepSpeed configuration file: train under DeepSpeed instead of DDP or FSDP."
     )

@@ -158,6 +158,31 @@ def test_the_command(caches: dict[str, Path], capsys: pytest.CaptureFixture[str]
         assert message in capsys.readouterr().err
 
 
+def test_the_command_for_machines(caches: dict[str, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(caches["topk"], cache)
+
+    def said(*arguments: str, code: int = 0) -> Any:
+        assert main(["cache", *arguments, "--json"]) == code
+        return json.loads(capsys.readouterr().out)
+
+    facts = said("info", str(cache))
+    files = TeacherCache(cache).files
+    assert facts["complete"] is True and facts["sequences"] == 22 and facts["tokens"] == 22 * 16
+    assert facts["header"] == TeacherCache(cache).header
+    assert facts["files"] == [asdict(file) for file in files] and facts["bytes"] == sum(file.bytes for file in files)
+
+    found = said("verify", str(cache), "--sequences", "2")
+    assert found["good"] is True and [file["problem"] for file in found["files"]] == [None] * 5
+    assert found["teacher"]["sequences"] == 2 and found["teacher"]["distance"] < found["teacher"]["tolerance"] == 0.01
+    assert said("verify", str(cache), "--sequences", "0")["teacher"] is None
+
+    (cache / "logits-000003.h5").unlink()
+    found = said("verify", str(cache), code=2)
+    assert found["good"] is False and found["teacher"] is None
+    assert [file["problem"] for file in found["files"]] == [None, None, None, "is missing", None]
+
+
 def test_an_unfinished_cache_says_what_it_has(
     config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

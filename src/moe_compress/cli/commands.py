@@ -60,6 +60,7 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "default": 8,
         "help": "sequences on which `cache verify` asks the teacher again (default 8; 0 checks the files alone)",
     },
+    "--json": {"action": "store_true", "help": "print one JSON object instead of tables"},
     "--vs": {"metavar": "TEACHER", "help": "the original to compare models with: 'reference', a directory or a hub id"},
     "--yaml": {"action": "store_true", "help": "print the settings as they would be frozen in config.yaml"},
 }
@@ -242,12 +243,12 @@ def _cache(options: argparse.Namespace) -> None:
     from moe_compress.distillation import verify
 
     if action == "info":
-        verify.show_cache(directory)
+        verify.show_cache(directory, as_json=options.json)
         return
     if config.run is None:
         chosen, assignments = settings.parse_overrides(rest)
         verify.teacher_as_recorded(config, directory, given={*chosen, *(assignment.key for assignment in assignments)})
-    verify.verify_cache(directory, config, sequences=options.sequences)
+    verify.verify_cache(directory, config, sequences=options.sequences, as_json=options.json)
 
 
 def _name_model(options: argparse.Namespace) -> None:
@@ -339,12 +340,12 @@ COMMANDS: dict[str, Command] = {
     "cache": Command(
         "say what a teacher cache holds; check its files, and some sequences against the teacher",
         _cache,
-        flags=("--sequences", "--config"),
+        flags=("--json", "--sequences", "--config"),
         reads=lambda key: (
             key in ("run", "gpu_ids")
             or (key.startswith(("model.", "distillation.teacher.")) and "generation" not in key)
         ),
-        usage="info|verify run=RUN | DIR",
+        usage="info|verify run=RUN | DIR [--json]",
     ),
     "reference": Command(
         "train the reference MoE that ships with the package", _reference, flags=("--output",), usage="train"

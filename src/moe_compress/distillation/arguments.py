@@ -45,6 +45,7 @@ def training_arguments(config: Config, stage: Stage, output_dir: Path) -> Traini
         use_cpu=not cuda,
         activation_checkpointing=training.gradient_checkpointing,
         torch_compile=training.torch_compile,
+        torch_compile_backend=training.torch_compile_backend if training.torch_compile else None,
         save_strategy="steps",
         save_steps=training.save_steps,
         logging_steps=training.logging_steps,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -38,23 +40,36 @@ _TOLERANCE = {torch.float32: 0.01}
 _TOLERANCE_HALF = 0.1
 
 
-def show_cache(directory: Path) -> None:
-    """Print what a cache holds, complete or not, from its manifests.
+def cache_facts(directory: Path) -> dict[str, Any]:
+    """What a cache holds, complete or not, from its manifests: `complete`, counts, `header` and `files`.
 
     Raises:
         UserError: there is none, or a manifest is damaged.
     """
-    if (directory / MANIFEST).exists():
-        header, files = read_manifest(directory)
-        state = "complete"
+    complete = (directory / MANIFEST).exists()
+    parts = [read_part(part) for part in sorted(directory.glob("part-*.json"))]
+    if complete or not parts:
+        header, files = read_manifest(directory)  # says so if there is none
     else:
-        parts = [read_part(part) for part in sorted(directory.glob("part-*.json"))]
-        if not parts:
-            read_manifest(directory)  # says so
         header = parts[0][0]
         files = list({file.name: file for _, listed in parts for file in listed}.values())
-        state = "not complete: run `moe-compress teacher-logits` (all workers) to go on"
-    Console().print(_info_table(directory, state, header, files))
+    return {
+        "directory": str(directory),
+        "complete": complete,
+        "workers": len(parts),
+        **summary(files),
+        "header": header,
+        "files": [asdict(file) for file in files],
+    }
+
+
+def show_cache(directory: Path, *, as_json: bool = False) -> None:
+    """Print `cache_facts` as a table or as JSON."""
+    facts = cache_facts(directory)
+    if as_json:
+        print(json.dumps(facts, indent=2))
+    else:
+        Console().print(_info_table(facts))
 
 
 def teacher_as_recorded(config: Config, directory: Path, *, given: Collection[str]) -> None:
@@ -66,44 +81,59 @@ def teacher_as_recorded(config: Config, directory: Path, *, given: Collection[st
         config.model.dtype = header["teacher_dtype"]
 
 
-def verify_cache(directory: Path, config: Config, *, sequences: int) -> None:
-    """Check every file of a cache, and a random sample of sequences against the teacher.
+def verify_cache(directory: Path, config: Config, *, sequences: int, as_json: bool = False) -> None:
+    """Check every file of a cache, and a random sample of sequences against the teacher; print what was found.
 
     Args:
         directory: the cache.
         config: says where the teacher is and how it is loaded.
-        sequences: of the sample; 0 does not load the teacher.
+        sequences: of the sample; 0 does not load the teacher, nor do damaged files.
+        as_json: print one object: `good`, `files` with the `problem` of each (null where it is good), and `teacher`
+            (null where it was not asked) with `sequences`, `distance` and `tolerance`.
 
     Raises:
         UserError: the cache is incomplete; files are damaged (each is named); or the teacher does not agree.
     """
     header, files = read_manifest(directory)
-    table = Table("file", "sequences", "tokens", "MB", "state", title=f"teacher cache {directory}")
-    damaged = {}
-    for file in files:
-        problem = next(file_problems(directory / file.name, file, header), None)
-        if problem is not None:
-            damaged[file.name] = problem
-        numbers = (f"{file.rows:,}", f"{file.tokens:,}", f"{file.bytes / 1e6:.1f}")
-        table.add_row(file.name, *numbers, problem or "good", style="red" if problem else None)
-    Console().print(table)
+    checked = [(file, next(file_problems(directory / file.name, file, header), None)) for file in files]
+    damaged = {file.name: problem for file, problem in checked if problem is not None}
+    if not as_json:
+        Console().print(_file_table(directory, checked))
+        if not damaged:
+            print(f"{len(files)} files are good: checksums, structure and counts")
+    teacher, agrees = None, True
+    if sequences > 0 and not damaged:
+        distance, tolerance = teacher_distance(TeacherCache(directory), config, sequences)
+        teacher = {"sequences": min(sequences, header["num_sequences"]), "distance": distance, "tolerance": tolerance}
+        agrees = distance <= tolerance
+    if as_json:
+        listed = [{**asdict(file), "problem": problem} for file, problem in checked]
+        good = not damaged and agrees
+        print(json.dumps({"directory": str(directory), "good": good, "files": listed, "teacher": teacher}, indent=2))
     if damaged:
         named = "; ".join(f"{name} {problem}" for name, problem in damaged.items())
         raise UserError(
             f"teacher cache {directory}: {len(damaged)} of {len(files)} files are damaged: {named}; delete them and "
             "run `moe-compress teacher-logits` to make them again"
         )
-    print(f"{len(files)} files are good: checksums, structure and counts")
-    if sequences > 0:
-        distance, tolerance = teacher_distance(TeacherCache(directory), config, sequences)
-        if distance > tolerance:
-            raise UserError(
-                f"teacher cache {directory}: the teacher at {teacher_path(config)} says something else now (distance "
-                f"{distance:.3g}, at most {tolerance:g} is rounding); check model.dtype, or make the cache again"
-            )
-        print(
-            f"the teacher agrees on {sequences} sequences: distance {distance:.2g}, at most {tolerance:g} is rounding"
+    if teacher is None:
+        return
+    within = f"distance {teacher['distance']:.3g}, at most {teacher['tolerance']:g} is rounding"
+    if not agrees:
+        raise UserError(
+            f"teacher cache {directory}: the teacher at {teacher_path(config)} says something else now ({within}); "
+            "check model.dtype, or make the cache again"
         )
+    if not as_json:
+        print(f"the teacher agrees on {teacher['sequences']} sequences: {within}")
+
+
+def _file_table(directory: Path, checked: Sequence[tuple[CacheFile, str | None]]) -> Table:
+    table = Table("file", "sequences", "tokens", "MB", "state", title=f"teacher cache {directory}")
+    for file, problem in checked:
+        numbers = (f"{file.rows:,}", f"{file.tokens:,}", f"{file.bytes / 1e6:.1f}")
+        table.add_row(file.name, *numbers, problem or "good", style="red" if problem else None)
+    return table
 
 
 def file_problems(path: Path, file: CacheFile, header: Header) -> Iterator[str]:
@@ -185,18 +215,20 @@ def teacher_distance(cache: TeacherCache, config: Config, sequences: int) -> tup
     return float(np.mean(distances)), _TOLERANCE.get(model.dtype, _TOLERANCE_HALF)
 
 
-def _info_table(directory: Path, state: str, header: Header, files: list[CacheFile]) -> Table:
+def _info_table(facts: Mapping[str, Any]) -> Table:
+    header = facts["header"]
     encoder = make_encoder(header)
-    facts = summary(files)
     settings = {name: header[name] for name in ("top_k", "samples", "sample_temperature") if name in header}
     text = text_fields(header["vocab_size"], header["sequence_length"])
-    workers = len(list(directory.glob("part-*.json")))
+    state = (
+        "complete" if facts["complete"] else "not complete: run `moe-compress teacher-logits` (all workers) to go on"
+    )
     rows: dict[str, Any] = {
         "state": state,
         "sequences": f"{facts['sequences']:,} of up to {header['sequence_length']:,} tokens",
         "tokens": f"{facts['tokens']:,}",
         "size": f"{facts['bytes'] / 1e6:,.1f} MB, compression {header['compression']}",
-        "files": f"{len(files):,}, of {workers} workers",
+        "files": f"{len(facts['files']):,}, of {facts['workers']} workers",
         "bytes per token": f"{facts['bytes_per_token']:.1f}",
         "encoder": ", ".join([encoder.name, *(f"{name} {value}" for name, value in settings.items())]),
         "loss temperatures": encoder.temperatures,
@@ -205,7 +237,7 @@ def _info_table(directory: Path, state: str, header: Header, files: list[CacheFi
         "tokenizer": header["tokenizer"],
         "data set": dataset_words(header["dataset"]),
     }
-    table = Table(show_header=False, title=f"teacher cache {directory}")
+    table = Table(show_header=False, title=f"teacher cache {facts['directory']}")
     for name, value in rows.items():
         table.add_row(name, str(value))
     return table
