@@ -3,16 +3,19 @@
     python benchmarks/distillation_study.py --out STUDY [--variants delta wrapper] [--seeds 1 2 3] [--steps 240]
 
 A seed decides the calibration text, the fit, and the order of the training text. Everything else of a variant is what
-its line in `VARIANTS` says. Interrupt it and start it again: what is in STUDY/results.jsonl is not done twice, and a
-training that was cut goes on from its last checkpoint. The table is printed and written to STUDY/study.md.
+its line in `VARIANTS` says. Made once and shared: the compressed student of a form and seed; the teacher's cache and
+its pass over the held-out text, of a seed. Interrupt it and start it again: what is in STUDY/results.jsonl is not done
+twice, and a training that was cut goes on from its last checkpoint. The table goes to STUDY/study.md too.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,17 +25,41 @@ import torch
 
 from moe_compress import settings
 from moe_compress.compression import compress
+from moe_compress.compression.checkpoint import Checkpoint
 from moe_compress.config import Config, LrMultiplier, StageConfig
 from moe_compress.distillation import distill, generate_teacher_logits
+from moe_compress.distillation.manifest import MANIFEST
 from moe_compress.distillation.teachers import teacher_path
+from moe_compress.errors import UserError
 from moe_compress.evaluation import TextScore, score_text
 from moe_compress.evaluation.teacher_pass import teacher_text
-from moe_compress.files import append_line, directory_in_progress, write_atomically
+from moe_compress.files import append_line, directory_in_progress, write_atomically, write_json
 from moe_compress.modeling import load_model
 from moe_compress.run import Run
 
-EXPERTS, CORES, FACTORS = r"\.experts\.", r"\.experts\.\w*proj$", r"\.experts\.\w*_(delta|u|v)_(in|out)$"
-BASELINE = "delta"
+TOKENS_PER_STEP = 4 * 512
+EXPERTS, CORES = r"\.experts\.", r"\.experts\.\w*proj$"
+FACTORS, BASES = r"\.experts\.\w*proj_(?!bias|basis)\w+$", r"\.experts\.\w*proj_basis$"
+BASELINE, ZERO_SHOT = "default", "zero-shot"
+
+# How the student that a variant starts from is compressed, beside the preset of the reference MoE. All keep the same
+# share of the bytes. A wrapper needs a core, and cannot be fitted to the Fisher information.
+FORMS: dict[str, Sequence[str]] = {
+    "default": (),
+    "no-basis": ("compression.cores=0", "compression.input_basis=0"),
+    "core": ("compression.cores=1", "compression.input_basis=0"),
+    "core-data": (
+        "compression.cores=1",
+        "compression.input_basis=0",
+        "compression.calibration.fisher=false",
+    ),
+    "wrapper": (
+        "compression.cores=1",
+        "compression.input_basis=0",
+        "compression.calibration.fisher=false",
+        "compression.parameterization=wrapper",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -42,37 +69,44 @@ class Variant:
     Attributes:
         words: its line in the table.
         stages: share of the steps and settings of each stage.
-        compression: overrides of the compression.
+        form: of `FORMS`, what it starts from.
         settings: overrides of the distillation.
-        rates: multipliers in front of the default ones.
+        rates: multipliers in front of the default ones; a pattern that the student has nothing for leaves it out.
+        against: the variant that it is compared with, seed by seed.
     """
 
     words: str
     stages: Sequence[tuple[float, dict[str, Any]]] = ((1.0, {"name": "all"}),)
-    compression: Sequence[str] = ()
+    form: str = "default"
     settings: Sequence[str] = ()
     rates: Sequence[tuple[str, float]] = ()
+    against: str = BASELINE
 
 
 _BLOCKWISE = {"name": "blockwise", "kind": "blockwise", "trainable": [EXPERTS], "learning_rate": 1e-3}
-_FACTORS = {"name": "experts", "trainable": [EXPERTS]}
+_EXPERTS = {"name": "experts", "trainable": [EXPERTS]}
 _ROUTER = {"name": "router", "trainable": [r"\.(gate|router)\."]}
 _ALL = {"name": "all"}
 
 VARIANTS: dict[str, Variant] = {
-    BASELINE: Variant("core + delta, everything trains, alpha 0.9, T 1"),
-    "wrapper": Variant("wrapper instead of delta", compression=("compression.parameterization=wrapper",)),
+    BASELINE: Variant("the preset's form, everything trains, alpha 0.9, T 1"),
+    "no-basis": Variant("no shared basis: factors of each expert alone", form="no-basis"),
+    "core": Variant("core + delta", form="core"),
+    "core-data": Variant("core + delta, fitted and ranked without Fisher", form="core-data", against="core"),
+    "wrapper": Variant("wrapper instead of delta, without Fisher", form="wrapper", against="core-data"),
     "wrapper-balanced": Variant(
-        "wrapper, balanced factors",
-        compression=("compression.parameterization=wrapper",),
+        "the same, balanced factors",
+        form="wrapper",
         settings=("distillation.training.balance_factors=true",),
+        against="core-data",
     ),
-    "slow-core": Variant("core at 0.3 of the rate", rates=((CORES, 0.3),)),
-    "slow-factors": Variant("factors at 0.3 of the rate", rates=((FACTORS, 0.3),)),
-    "fast-factors": Variant("factors at 3 times the rate", rates=((FACTORS, 3.0),)),
+    "slow-core": Variant("core at 0.3 of the rate", form="core", rates=((CORES, 0.3),), against="core"),
+    "slow-basis": Variant("shared basis at 0.3 of the rate", rates=((BASES, 0.3),)),
+    "slow-factors": Variant("factors of the experts at 0.3 of the rate", rates=((FACTORS, 0.3),)),
+    "fast-factors": Variant("factors of the experts at 3 times the rate", rates=((FACTORS, 3.0),)),
     "router-only": Variant("only the routers train", stages=((1.0, _ROUTER),)),
-    "experts-only": Variant("only cores and factors train", stages=((1.0, _FACTORS),)),
-    "experts-then-all": Variant("experts for 1/4, then everything", stages=((0.25, _FACTORS), (0.75, _ALL))),
+    "experts-only": Variant("only the experts train", stages=((1.0, _EXPERTS),)),
+    "experts-then-all": Variant("experts for 1/4, then everything", stages=((0.25, _EXPERTS), (0.75, _ALL))),
     "blockwise-first": Variant("block-wise for 1/4, then everything", stages=((0.25, _BLOCKWISE), (0.75, _ALL))),
     "ce-only": Variant("alpha 0 (no teacher)", settings=("distillation.loss.alpha=0",)),
     "alpha-0.5": Variant("alpha 0.5", settings=("distillation.loss.alpha=0.5",)),
@@ -93,8 +127,9 @@ def config_of(variant: Variant, seed: int, options: argparse.Namespace) -> Confi
             f"evaluation.perplexity.max_samples={options.rows}",
             f"distillation.dataset.max_samples={4 * options.steps}",
             f"distillation.teacher.cache_dir={options.out / f'cache-{seed}-{options.steps}'}",
-            f"distillation.training.save_steps={options.steps}",
-            *variant.compression,
+            f"distillation.training.save_steps={max(1, options.steps // 4)}",
+            "distillation.training.save_total_limit=1",
+            *FORMS[variant.form],
             *variant.settings,
             *options.overrides,
         ]
@@ -110,28 +145,40 @@ def config_of(variant: Variant, seed: int, options: argparse.Namespace) -> Confi
     return config
 
 
-def zero_shot(config: Config, variant: Variant, options: argparse.Namespace) -> Run:
-    """The run whose checkpoint-0 a variant starts from, and which fills the cache of its seed; made once."""
-    form = [text.rpartition("=")[2] for text in variant.compression]
-    name = "-".join(["zero", *form, str(config.seed), str(options.steps)])
-    run = Run.create(options.out / name, config_of(Variant("", compression=variant.compression), config.seed, options))
-    compress(run)
-    generate_teacher_logits(run)
+def zero_shot(form: str, seed: int, options: argparse.Namespace) -> Run:
+    """The run whose checkpoint-0 the variants of a form start from, and which fills the cache of its seed."""
+    run = Run.create(
+        options.out / "-".join(["zero", form, str(seed), str(options.steps)]),
+        config_of(Variant("", form=form), seed, options),
+    )
+    if not run.finished("compress"):
+        compress(run)
+    if not (run.teacher_logits_dir / MANIFEST).exists():
+        generate_teacher_logits(run)
     return run
 
 
-def train(name: str, seed: int, options: argparse.Namespace) -> tuple[Run, Run]:
-    """Train one variant; the run that it starts from, and its own."""
-    variant = VARIANTS[name]
-    config = config_of(variant, seed, options)
-    start = zero_shot(config, variant, options)
-    run = Run.create(options.out / "runs" / f"{name}-{seed}", config)
+def fits(variant: Variant, checkpoint: Path) -> bool:
+    """Whether a student has something for each pattern of the variant's rates; an absent core is an empty tensor."""
+    stored = Checkpoint(checkpoint)
+    names = [name for name in stored if stored[name].numel]
+    return all(any(re.search(pattern, name) for name in names) for pattern, _ in variant.rates)
+
+
+def train(name: str, seed: int, start: Run, options: argparse.Namespace) -> Run:
+    """Train one variant from the zero-shot student of `start`, or go on with it."""
+    run = Run.create(run_directory(name, seed, options), config_of(VARIANTS[name], seed, options))
     if not run.checkpoint(0).exists():
         run.checkpoints_dir.mkdir(parents=True, exist_ok=True)
         with directory_in_progress(run.checkpoint(0)) as directory:
             shutil.copytree(start.checkpoint(0), directory, dirs_exist_ok=True)
     distill(run)
-    return start, run
+    return run
+
+
+def run_directory(name: str, seed: int, options: argparse.Namespace) -> Path:
+    """Where a variant trains."""
+    return options.out / "runs" / f"{name}-{seed}-{options.steps}"
 
 
 def measure(checkpoint: Path, config: Config, directory: Path) -> TextScore:
@@ -141,38 +188,116 @@ def measure(checkpoint: Path, config: Config, directory: Path) -> TextScore:
     return score_text(student, teacher.rows, teacher, progress=False)
 
 
-def table(results: list[dict[str, Any]], steps: int) -> str:
-    """The results as Markdown: means over seeds, standard deviations, and paired differences to the baseline."""
+def table(results: Sequence[dict[str, Any]], steps: int) -> str:
+    """The results as Markdown: means over seeds, standard deviations, and paired differences."""
     by_variant: dict[str, dict[int, dict[str, Any]]] = {}
     for line in results:
         if line["steps"] == steps:
             by_variant.setdefault(line["variant"], {})[line["seed"]] = line
-    base = by_variant.get(BASELINE, {})
     lines = [
-        "| variant | seeds | held-out loss | against the first line | KL from the teacher | top-1 agreement |",
-        "|---|---|---|---|---|---|",
+        "| variant | seeds | held-out loss | against | difference | KL from the teacher | top-1 agreement |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for name in ("zero-shot", *VARIANTS):
-        runs = by_variant.get(name)
-        if not runs:
-            continue
-        words = "before training (delta)" if name == "zero-shot" else VARIANTS[name].words
-        paired = [run["loss"] - base[seed]["loss"] for seed, run in runs.items() if seed in base]
-        cells = [
-            words,
-            str(len(runs)),
-            _spread([run["loss"] for run in runs.values()]),
-            "" if name == BASELINE or not paired else _spread(paired, sign=True),
-            _spread([run["kl"] for run in runs.values()]),
-            f"{100 * statistics.mean(run['agreement'] for run in runs.values()):.1f} %",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+    for form in FORMS:
+        lines += _row(by_variant, f"{ZERO_SHOT}-{form}", f"before training: {form}", f"{ZERO_SHOT}-{BASELINE}")
+    for name, variant in VARIANTS.items():
+        lines += _row(by_variant, name, f"{name}: {variant.words}", variant.against)
     return "\n".join(lines) + "\n"
+
+
+def _row(by_variant: dict[str, dict[int, dict[str, Any]]], name: str, words: str, against: str) -> list[str]:
+    runs, base = by_variant.get(name), by_variant.get(against, {})
+    if not runs:
+        return []
+    paired = [] if name == against else [run["loss"] - base[seed]["loss"] for seed, run in runs.items() if seed in base]
+    cells = [
+        words,
+        str(len(runs)),
+        _spread([run["loss"] for run in runs.values()]),
+        against.removeprefix(f"{ZERO_SHOT}-") if paired else "",
+        _spread(paired, sign=True) if paired else "",
+        _spread([run["kl"] for run in runs.values()]),
+        f"{100 * statistics.mean(run['agreement'] for run in runs.values()):.1f} %",
+    ]
+    return ["| " + " | ".join(cells) + " |"]
 
 
 def _spread(values: Sequence[float], *, sign: bool = False) -> str:
     mean = f"{statistics.mean(values):{'+' if sign else ''}.3f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.3f}"
+
+
+class Study:
+    """The results so far, and how long what is left will take."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.log = options.out / "results.jsonl"
+        lines = self.log.read_text(encoding="utf-8").splitlines() if self.log.exists() else []
+        self.results = [json.loads(line) for line in lines]
+        # One directory is one study: results at other sizes are not comparable.
+        facts = {"kept": options.kept, "rows": options.rows, "overrides": list(options.overrides)}
+        made_from = options.out / "study.json"
+        if made_from.exists() and json.loads(made_from.read_text(encoding="utf-8")) != facts:
+            raise SystemExit(f"{made_from} is of a study with other settings; choose another --out")
+        write_json(made_from, facts)
+
+    def has(self, name: str, seed: int) -> bool:
+        """Whether a variant has been measured."""
+        return any(
+            (line["variant"], line["seed"], line["steps"]) == (name, seed, self.options.steps) for line in self.results
+        )
+
+    def record(self, name: str, seed: int, checkpoint: Path, config: Config, started: float) -> None:
+        """Measure a checkpoint and append its line."""
+        score = measure(checkpoint, config, self.options.out)
+        line = {"variant": name, "seed": seed, "steps": self.options.steps, "loss": score.loss, "kl": score.kl}
+        line |= {"agreement": score.top1_agreement, "tokens": self.options.steps * TOKENS_PER_STEP}
+        self.results.append(line | {"seconds": round(time.perf_counter() - started, 1)})
+        append_line(self.log, self.results[-1])
+
+    def seconds_per_variant(self) -> float:
+        """Of training and scoring one, as measured; before the first, as on one core of the docs' machine."""
+        own = [line for line in self.results if line["variant"] in VARIANTS and line["steps"] == self.options.steps]
+        return statistics.median(
+            [line["seconds"] for line in own] or [self.options.steps * TOKENS_PER_STEP / 2200 + 30]
+        )
+
+    def run(self) -> None:
+        """Do what is missing."""
+        options = self.options
+        todo = [(seed, name) for seed in options.seeds for name in options.variants if not self.has(name, seed)]
+        for number, (seed, name) in enumerate(todo):
+            each = self.seconds_per_variant()
+            left = len(todo) - number
+            print(
+                f"== {name}, seed {seed}: {left} trainings left, about {each / 60:.1f} min each, "
+                f"{left * each / 3600:.1f} h in all",
+                flush=True,
+            )
+            form = VARIANTS[name].form
+            start = zero_shot(form, seed, options)
+            if not self.has(f"{ZERO_SHOT}-{form}", seed):
+                self.record(f"{ZERO_SHOT}-{form}", seed, start.checkpoint(0), start.config, time.perf_counter())
+            if not fits(VARIANTS[name], start.checkpoint(0)):
+                print(f"{name}: left out, the student has no such part", flush=True)
+                continue
+            started = time.perf_counter()
+            try:
+                run = train(name, seed, start, options)
+            except UserError as error:  # a rate that is too high, say; the others go on
+                print(f"{name}, seed {seed}: {error}", flush=True)
+                continue
+            self.record(name, seed, run.checkpoints()[-1][1], run.config, started)
+            shutil.rmtree(run.path)  # its weights; what was measured is in the log
+            write_atomically(options.out / "study.md", self.text())
+        print(self.text())
+
+    def text(self) -> str:
+        """The table with what it was made of."""
+        tokens = self.options.steps * TOKENS_PER_STEP
+        words = f"{tokens:,} tokens each, {self.options.kept:.0%} of the expert bytes, torch {torch.__version__}."
+        return f"{words}\n\n{table(self.results, self.options.steps)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -186,32 +311,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=96, help="held-out sequences")
     parser.add_argument("--overrides", nargs="*", default=[], help="further settings of every training, key=value")
     options = parser.parse_args(arguments)
-    log = options.out / "results.jsonl"
-    results = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    done = {(line["variant"], line["seed"], line["steps"]) for line in results}
-
-    def record(name: str, seed: int, checkpoint: Path, config: Config) -> None:
-        score = measure(checkpoint, config, options.out)
-        line = {"variant": name, "seed": seed, "steps": options.steps, "loss": score.loss, "kl": score.kl}
-        results.append(line | {"agreement": score.top1_agreement, "tokens": options.steps * 4 * 512})
-        append_line(log, results[-1])
-        done.add((name, seed, options.steps))
-
-    for seed in options.seeds:
-        for name in options.variants:
-            if (name, seed, options.steps) in done:
-                continue
-            print(f"== {name}, seed {seed}", flush=True)
-            start, run = train(name, seed, options)
-            if name == BASELINE and ("zero-shot", seed, options.steps) not in done:
-                record("zero-shot", seed, start.checkpoint(0), run.config)
-            record(name, seed, run.checkpoints()[-1][1], run.config)
-            shutil.rmtree(run.path)  # its weights; what was measured is in the log
-    text = (
-        f"{options.steps * 2048:,} tokens each, {options.kept:.0%} of the expert bytes, torch {torch.__version__}.\n\n"
-    )
-    write_atomically(options.out / "study.md", text + table(results, options.steps))
-    print(table(results, options.steps))
+    options.out.mkdir(parents=True, exist_ok=True)
+    Study(options).run()
 
 
 if __name__ == "__main__":

@@ -134,6 +134,7 @@ def test_kinds_of_parameters() -> None:
         f"{layer}.experts.gate_up_proj": "cores",
         f"{layer}.experts.down_proj_delta_in": "factors",
         f"{layer}.experts.gate_up_proj_v_out": "factors",
+        f"{layer}.experts.gate_up_proj_basis": "factors",
         f"{layer}.experts.gate_up_proj_bias": "others",
         f"{layer}.gate.weight": "routers",
         "model.layers.3.self_attn.q_proj.weight": "others",

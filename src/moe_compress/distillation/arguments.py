@@ -13,24 +13,20 @@ from transformers import TrainingArguments
 
 from moe_compress.config import Config
 from moe_compress.distillation.stages import Stage
+from moe_compress.distillation.trackers import TRACKERS
 from moe_compress.errors import UserError
 
 DEEPSPEED_DIR = Path(__file__).parent.parent / "conf" / "deepspeed"
-# Trackers by their name in `report_to`, and the module that each needs.
-_TRACKERS = {"wandb": "wandb", "tensorboard": "tensorboard", "trackio": "trackio"}
 
 
-def training_arguments(config: Config, stage: Stage, output_dir: Path) -> TrainingArguments:
-    """The Trainer's arguments for one stage."""
+def training_arguments(config: Config, stage: Stage, output_dir: Path, name: str) -> TrainingArguments:
+    """The Trainer's arguments for one stage; `name` is for the trackers."""
     training = config.distillation.training
-    if "wandb" in training.report_to:
-        os.environ.setdefault("WANDB_PROJECT", config.wandb_project)
-    if "trackio" in training.report_to:
-        os.environ.setdefault("TRACKIO_PROJECT", config.wandb_project)
     cuda = torch.cuda.is_available()
     arguments = TrainingArguments(
         output_dir=str(output_dir),
-        run_name=config.experiment_name,
+        run_name=name,
+        project=config.wandb_project,
         max_steps=stage.steps,
         per_device_train_batch_size=training.per_device_train_batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
@@ -116,11 +112,11 @@ def check_training(config: Config) -> None:
     if config.fsdp.enabled and world < 2:
         raise UserError("fsdp.enabled=true needs several processes; start with torchrun, or set fsdp.enabled=false")
     for tracker in training.report_to:
-        if tracker not in _TRACKERS:
+        if tracker not in TRACKERS:
             raise UserError(
-                f"distillation.training.report_to: '{tracker}' is unknown; there are: {', '.join(_TRACKERS)}"
+                f"distillation.training.report_to: '{tracker}' is unknown; there are: {', '.join(TRACKERS)}"
             )
-        _need(_TRACKERS[tracker], f"distillation.training.report_to={tracker}")
+        _need(TRACKERS[tracker], f"distillation.training.report_to={tracker}")
     if training.deepspeed is None:
         return
     deepspeed_settings(training.deepspeed)

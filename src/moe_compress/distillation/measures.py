@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 _KINDS = (
-    ("factors", re.compile(r"\.experts\.\w*_(delta|u|v)_(in|out)$")),
+    ("factors", re.compile(r"\.experts\.\w*proj_(?!bias)\w+$")),  # of the experts, or a basis that they share
     ("cores", re.compile(r"\.experts\.\w*proj$")),
     ("routers", re.compile(r"\.(gate|router)\.")),
 )

@@ -43,6 +43,7 @@ from moe_compress.distillation.teachers import (
     teacher_path,
     vocabulary_size,
 )
+from moe_compress.distillation.trackers import tracker_name, tracking
 from moe_compress.distillation.trainer import TRAIN_LOG, DistillationTrainer
 from moe_compress.errors import UserError
 from moe_compress.files import write_atomically, write_json
@@ -66,7 +67,7 @@ def distill(run: Run) -> None:
     if run.finished("distill") and (run.path / COMPLETE).exists():
         _say("distillation: finished already")
         return
-    with run.stage("distill"):
+    with run.stage("distill"), tracking(run):
         _distill(run)
 
 
@@ -164,7 +165,7 @@ def _train_from(
     config = run.config
     # The student first: from the arguments Transformers learns of ZeRO-3, and would load it in parts.
     model, dtypes, groups = _student_and_groups(run, stage, latest)
-    arguments = training_arguments(config, stage, run.checkpoints_dir)
+    arguments = training_arguments(config, stage, run.checkpoints_dir, tracker_name(run))
     set_trainable(model, groups)
     inside = latest > stage.first_step
     spikes = None

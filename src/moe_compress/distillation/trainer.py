@@ -22,6 +22,7 @@ from moe_compress.distillation.progress import StageProgress
 from moe_compress.distillation.spikes import SPIKE_LOG, RollBack, SpikeDetector
 from moe_compress.distillation.stages import Stage
 from moe_compress.distillation.teachers import TeacherSource
+from moe_compress.distillation.trackers import metric_names
 from moe_compress.errors import UserError
 from moe_compress.files import append_line, directory_in_progress
 
@@ -217,7 +218,8 @@ class DistillationTrainer(Trainer):
         rates = {group.pattern: logs["learning_rate"] * group.lr_multiplier for group in self.groups}
         memory = memory_bytes()
         # Trackers draw numbers, so what is nested in our lines is flat for them.
-        flat = {f"learning_rate/{pattern}": rate for pattern, rate in rates.items()}
+        named = metric_names(rates)
+        flat = {f"learning_rate/{named[pattern]}": rate for pattern, rate in rates.items()}
         flat |= {f"grad_norm/{kind}": norm for kind, norm in self._norms.items()} | {"memory_bytes": memory}
         super().log({**logs, **flat}, start_time)
         if self.is_world_process_zero():
