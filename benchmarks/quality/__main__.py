@@ -21,7 +21,14 @@ from moe_compress.files import write_atomically
 # The product with its default settings, without a core (the baseline of its own evidence), and by Fisher information.
 _NO_CORE = ["compression.cores=0", "compression.alignment=none"]
 _FISHER = ["compression.calibration.fisher=true", "compression.allocation=greedy"]
-OURS = {"ours": [], "ours-svd": _NO_CORE, "ours-fisher": _FISHER, "ours-fisher-svd": [*_NO_CORE, *_FISHER]}
+OURS = {
+    "ours": [],
+    "ours-svd": _NO_CORE,
+    "ours-fisher": _FISHER,
+    "ours-fisher-svd": [*_NO_CORE, *_FISHER],
+    "ours-basis": [*_NO_CORE, *_FISHER, "compression.input_basis=auto"],
+    "ours-auto": [*_FISHER, "compression.cores=auto", "compression.input_basis=auto"],
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -73,6 +73,9 @@ _RULES: dict[type, dict[str, _Rule]] = {
         "cores": _Rule(
             lambda cores: cores >= 0 if isinstance(cores, int) else cores == "auto", "a whole number from 0, or auto"
         ),
+        "input_basis": _Rule(
+            lambda share: share == "auto" if isinstance(share, str) else 0 <= share < 1, "from 0 to below 1, or auto"
+        ),
         "iterations": _at_least(0),
         "num_steps": _at_least(1),
         "lr": _POSITIVE,

@@ -96,6 +96,11 @@ class CompressionConfig:
         "with a core each; auto takes for each projection which of 0, 1 (and, from 16 experts on, 2, 4) fits best at "
         "the same bytes.",
     )
+    input_basis: float | str = setting(
+        0.0,
+        "Size of a basis of the inputs of the up projection that all its deltas share, as a share of the inputs; 0 for "
+        "none, auto takes for each layer which of 0, 1/3 and 1/2 fits best at the same bytes.",
+    )
     allocation: str = setting(
         "uniform",
         "Ranks from a budget: uniform (the same share of the bytes for every projection) or greedy (where they lower "

@@ -41,6 +41,7 @@ def baseline_config(run: Run) -> Config:
     config.run = None
     config.experiment_name = f"{run.config.experiment_name}-svd"
     config.compression.cores = 0
+    config.compression.input_basis = 0.0
     config.compression.alignment = "none"
     config.compression.method = "closed_form"
     config.compression.parameterization = "delta"

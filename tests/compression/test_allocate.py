@@ -14,13 +14,12 @@ from rich.console import Console
 
 from moe_compress.checks import check_values
 from moe_compress.compression import allocate, compress, walk
-from moe_compress.compression.allocate import allocate_ranks
 from moe_compress.compression.plan_table import print_plan
 from moe_compress.compression.planning import make_plan
-from moe_compress.compression.ranks import Choice
 from moe_compress.compression.source import open_model
 from moe_compress.config import Config
 from moe_compress.errors import UserError
+from moe_compress.factorization import Choice, Form
 from moe_compress.modeling import find_experts
 from moe_compress.run import Run
 
@@ -77,19 +76,21 @@ def test_measured_once(uneven: Path, settings: Settings, tmp_path: Path, monkeyp
     source = open_model(config.model)
     file = tmp_path / "allocation.json"
     done: list[tuple[int, int]] = []
-    ranks = allocate_ranks(source, config, file, CPU, lambda *counts: done.append(counts))
+    ranks = allocate.allocate(source, config, file, CPU, lambda *counts: done.append(counts))
     assert done == [(1, 2), (2, 2)]
     facts = json.loads(file.read_text())["projections"]
-    assert {entry["delta_rank"] for entry in facts.values()} == set(ranks.values())
-    assert sum(e["expected_error"] for e in facts.values()) < sum(e["uniform_expected_error"] for e in facts.values())
+    assert [entry["delta_rank"] for entry in facts.values()] == [choice.delta_rank for choice in ranks.values()]
+    errors = ([entry["expected_error"] for entry in (one, one["uniform"])] for one in facts.values())
+    found, uniform = zip(*errors, strict=True)
+    assert sum(found) < sum(uniform)
     with monkeypatch.context() as patch:
         patch.setattr(allocate, "_layer_curves", lambda *_: pytest.fail("measured again"))
-        assert allocate_ranks(source, config, file, CPU) == ranks
+        assert allocate.allocate(source, config, file, CPU) == ranks
     config.compression.target_ratio = 0.6
-    assert allocate_ranks(source, config, file, CPU) != ranks  # another budget is measured
+    assert allocate.allocate(source, config, file, CPU) != ranks  # another budget is measured
     file.write_text("{")
     with pytest.raises(UserError, match="damaged"):
-        allocate_ranks(source, config, file, CPU)
+        allocate.allocate(source, config, file, CPU)
 
 
 def test_the_plan_says_that_ranks_are_not_final(uneven: Path, settings: Settings) -> None:
@@ -99,7 +100,7 @@ def test_the_plan_says_that_ranks_are_not_final(uneven: Path, settings: Settings
     print_plan(make_plan(source, config), Console(file=stream, width=200))
     assert "greedy: the bytes are an upper limit" in stream.getvalue()
     final = io.StringIO()
-    chosen = {(layer.name, p): (Choice(1, 2),) for layer in source.map.layers for p in layer.experts.projections}
+    chosen = {(layer.name, p): Choice(Form(1), 2) for layer in source.map.layers for p in layer.experts.projections}
     print_plan(make_plan(source, config, chosen), Console(file=final, width=200))
     assert "upper limit" not in final.getvalue()
 

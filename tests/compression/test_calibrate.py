@@ -265,7 +265,7 @@ def test_a_layer_fitted_by_fisher_does_not_depend_on_the_order_of_its_neurons(ma
     sums.tokens += 10
     tensors = {name: parameter.detach() for name, parameter in found.module.named_parameters()}
     settings = LayerSettings(
-        specs=dict.fromkeys(found.projections, (FitSpec(delta_rank=4, cores=0),)),
+        specs=dict.fromkeys(found.projections, FitSpec(delta_rank=4, cores=0)),
         dtypes=dict.fromkeys(found.projections, torch.float32),
         alignment="none",
         shrinkage=0.0,

@@ -15,7 +15,7 @@ from moe_compress.cli import main
 from moe_compress.compression.inspect import error_at, inspect, measure_layer
 from moe_compress.compression.inspect_views import print_inspection, verdict
 from moe_compress.config import Config
-from moe_compress.factorization import FitSpec, error_curve, fit, permute_neurons
+from moe_compress.factorization import FitSpec, Form, error_curve, fit, permute_neurons
 
 Settings = Callable[..., Config]
 
@@ -49,11 +49,11 @@ def test_measures_of_random_experts() -> None:
         assert projection["error_with_core"]["0.1"] is None  # the core alone is an eighth
         assert 0 < projection["error_without_core"]["0.5"] < projection["error_without_core"]["0.25"] < 1
     fitted = fit(weights["down_proj"], FitSpec(delta_rank=6, cores=0))
-    curve = error_curve(weights["down_proj"], cores=0)
+    curve = error_curve(weights["down_proj"], Form(0))
     six = 6 * (64 + 16) / (64 * 16)
-    assert error_at(curve, (8, 64, 16), six, cores=0) == pytest.approx(fitted.relative_error, rel=1e-3)
-    assert error_at(curve, (8, 64, 16), six + 0.125, cores=1) == pytest.approx(fitted.relative_error, rel=1e-3)
-    assert error_at(curve, (8, 64, 16), six - 0.001, cores=0) == pytest.approx(float(curve[5]))
+    assert error_at(curve, (8, 64, 16), six, Form(0)) == pytest.approx(fitted.relative_error, rel=1e-3)
+    assert error_at(curve, (8, 64, 16), six + 0.125, Form(1)) == pytest.approx(fitted.relative_error, rel=1e-3)
+    assert error_at(curve, (8, 64, 16), six - 0.001, Form(0)) == pytest.approx(float(curve[5]))
 
 
 @pytest.mark.parametrize("family", ["olmoe", "nemotron_h", "gpt_oss"])

@@ -1,60 +1,32 @@
-"""Error curves are those of the fits, and the greedy division of a budget is the best there is."""
+"""The greedy division of a budget is the best there is, over ranks and over forms."""
 
 import itertools
 import math
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_compress.errors import UserError
 from moe_compress.factorization import (
-    FitSpec,
+    Budget,
+    Choice,
+    Form,
     check_rank,
-    error_curve,
-    fit,
-    greedy_ranks,
-    largest_rank,
+    greedy_choices,
     projection_bytes,
-    shrink_grams,
+    uniform_choices,
     uniform_ranks,
 )
 
-
-def experts(rows=20, columns=12, count=5, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, rows, columns, generator=generator) + torch.randn(rows, columns, generator=generator)
+PLAIN = Form(0)
 
 
-def grams_of(columns=12, count=5):
-    inputs = torch.randn(count, 40, columns, generator=torch.Generator().manual_seed(3)) * torch.linspace(
-        0.1, 3, columns
-    )
-    return shrink_grams(inputs.mT @ inputs, 0.1)
-
-
-@pytest.mark.parametrize("shape", [(20, 12), (12, 20)])
-@pytest.mark.parametrize("cores", [0, 1])
-@pytest.mark.parametrize("calibrated", [False, True])
-def test_the_curve_is_the_error_of_the_fit(shape, cores, calibrated):
-    weights = experts(*shape)
-    gram = grams_of(shape[1]) if calibrated else None
-    curve = error_curve(weights, cores=cores, gram=gram)
-    assert len(curve) == 13
-    assert abs(curve[-1]) < 1e-6
-    assert (curve.diff() <= 0).all()
-    assert (curve.diff().diff() >= -1e-7).all()  # convex
-    if not cores:
-        assert curve[0] == pytest.approx(1, abs=1e-5)
-    for rank in (1, 4, 11):
-        result = fit(weights, FitSpec(delta_rank=rank, cores=cores, iterations=1), gram)
-        assert curve[rank] == pytest.approx(result.history[0], rel=1e-3, abs=1e-6)
-
-
-def test_the_curve_of_equal_experts_is_zero():
-    curve = error_curve(experts(count=1).expand(4, -1, -1), cores=1)
-    assert curve.max() < 1e-6
+def greedy(curves, shapes, total, form=PLAIN, rank_multiple=1, parameterization="delta"):
+    budget = Budget(shapes, total, 2, 2, rank_multiple, parameterization)
+    found = greedy_choices({name: {form: curve} for name, curve in curves.items()}, budget)
+    assert {choice.form for choice in found.values()} == {form}
+    return {name: choice.delta_rank for name, choice in found.items()}
 
 
 def curves_of(shapes, draws):
@@ -79,23 +51,22 @@ def test_budget_is_kept_and_used(draws, ratio, cores, multiple, parameterization
     curves = curves_of(shapes, draws)
     budget = math.floor(ratio * sum(2 * math.prod(shape) for shape in shapes.values()))
     least = 2 if parameterization == "wrapper" else 1
-    common = {"cores": cores, "bytes_per_value": 2, "rank_multiple": multiple, "parameterization": parameterization}
+    form = Form(cores)
+    rounding = {"rank_multiple": multiple, "parameterization": parameterization}
     try:
-        even = uniform_ranks(shapes, target_bytes=budget, **common)
+        even = uniform_ranks(shapes, target_bytes=budget, forms=form, bytes_per_value=2, **rounding)
     except UserError:
         return
-    ranks = greedy_ranks(curves, shapes, budget=budget, **common)
+    ranks = greedy(curves, shapes, budget, form, **rounding)
     assert list(ranks) == list(shapes)
-    spent = sum(projection_bytes(*shapes[name], rank, cores, 2) for name, rank in ranks.items())
+    spent = sum(projection_bytes(shapes[name], rank, form, 2) for name, rank in ranks.items())
     assert spent <= budget
     for name, rank in ranks.items():
-        check_rank(name, shapes[name], rank, cores=cores, parameterization=parameterization)
+        check_rank(name, shapes[name], rank, form=form, parameterization=parameterization)
         assert rank % multiple == 0 or min(ranks.values()) < multiple
         step = max(multiple, least) if rank >= multiple else least
-        price = projection_bytes(*shapes[name], step, 0, 2)
-        assert price > budget - spent or rank + step > largest_rank(
-            shapes[name], cores=cores, parameterization=parameterization
-        )
+        price = projection_bytes(shapes[name], step, PLAIN, 2)
+        assert price > budget - spent or rank + step > Budget(shapes, 0, 2, 2, **rounding).most(name, form)
     if multiple == 1:
         # Convex curves: no division is better by more than one step, the one that does not fit any more.
         error, even_error = (sum(curves[name][rank] for name, rank in found.items()) for found in (ranks, even))
@@ -110,9 +81,9 @@ def test_the_best_division_is_found():
         "b": [10.0 - 10 * rank / 16 for rank in range(17)],
         "c": [1.0 * 0.9**rank for rank in range(17)],
     }
-    step = projection_bytes(4, 16, 16, 1, 0, 2)
+    step = projection_bytes((4, 16, 16), 1, PLAIN, 2)
     budget = 9 * step
-    ranks = greedy_ranks(curves, shapes, budget=budget, cores=0, bytes_per_value=2, rank_multiple=1)
+    ranks = greedy(curves, shapes, budget)
     best = min(
         (division for division in itertools.product(range(1, 8), repeat=3) if sum(division) <= 9),
         key=lambda division: sum(curves[name][rank] for name, rank in zip("abc", division, strict=True)),
@@ -125,15 +96,75 @@ def test_cheaper_bytes_come_first():
     """The same drop costs half as much in the smaller projection."""
     shapes = {"large": (4, 64, 32), "small": (4, 32, 16)}
     curve = [1 - rank / 16 for rank in range(17)]
-    price = {name: projection_bytes(*shape, 1, 0, 2) for name, shape in shapes.items()}
+    price = {name: projection_bytes(shape, 1, PLAIN, 2) for name, shape in shapes.items()}
     budget = sum(price.values()) + 3 * price["small"]
-    ranks = greedy_ranks(
-        {"large": curve, "small": curve}, shapes, budget=budget, cores=0, bytes_per_value=2, rank_multiple=1
-    )
+    ranks = greedy({"large": curve, "small": curve}, shapes, budget)
     assert ranks == {"large": 1, "small": 4}
 
 
 def test_too_small_a_budget_is_refused():
     shapes = {"a": (4, 16, 16)}
     with pytest.raises(UserError, match=r"100 bytes are less than .* \(768\)"):
-        greedy_ranks({"a": [1.0] * 17}, shapes, budget=100, cores=1, bytes_per_value=2)
+        greedy({"a": [1.0] * 17}, shapes, 100, Form(1))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    starts=st.lists(st.lists(st.floats(0.1, 10), min_size=3, max_size=3), min_size=2, max_size=3),
+    decays=st.lists(st.floats(0.3, 0.95), min_size=3, max_size=3),
+    ratio=st.floats(0.3, 0.8),
+)
+def test_forms_are_chosen_with_the_ranks(starts, decays, ratio):
+    """Against all combinations of forms and ranks, up to the last step of a budget that is not spent to the byte."""
+    forms = (Form(0), Form(1), Form(0, 5))
+    shapes = {str(number): (6, 12, 10) for number in range(len(starts))}
+    curves = {
+        name: {
+            form: [start * decay**rank for rank in range(1 + min(12, form.basis or 10))]
+            for form, start, decay in zip(forms, own, decays, strict=True)
+        }
+        for name, own in zip(shapes, starts, strict=True)
+    }
+    total = math.floor(ratio * len(shapes) * 6 * 12 * 10 * 2)
+    budget = Budget(shapes, total, 2, 2, rank_multiple=1)
+    found = greedy_choices(curves, budget)
+    assert sum(budget.cost(name, choice) for name, choice in found.items()) <= total
+
+    def error(choices):
+        return sum(curves[name][choice.form][choice.delta_rank] for name, choice in choices.items())
+
+    options = [
+        Choice(form, rank)
+        for form in forms
+        for rank in range(1, 6)
+        if rank <= budget.most("0", form) and rank < len(curves["0"][form])
+    ]
+    best = min(
+        (
+            dict(zip(shapes, choices, strict=True))
+            for choices in itertools.product(options, repeat=len(shapes))
+            if sum(map(budget.cost, shapes, choices)) <= total
+        ),
+        key=error,
+    )
+    # The Lagrangian bound: no choice is better than the chords of the best curves, one step of which may be missing.
+    step = max(
+        curve[rank] - curve[rank + 1]
+        for own in curves.values()
+        for curve in own.values()
+        for rank in range(1, len(curve) - 1)
+    )
+    gap = max(min(c[1] for c in own.values()) - min(c[-1] for c in own.values()) for own in curves.values())
+    assert error(found) <= error(best) + max(step, gap) + 1e-9
+
+
+def test_each_projection_takes_its_own_form():
+    shapes = {"shared": (8, 32, 32), "apart": (8, 32, 32)}
+    low, high = [0.1 * 0.5**rank for rank in range(33)], [1 - rank / 32 for rank in range(33)]
+    curves = {"shared": {Form(0): high, Form(1): low}, "apart": {Form(0): low, Form(1): high}}
+    total = math.prod(shapes["apart"])  # half of both, in two bytes each
+    for choose in (greedy_choices, uniform_choices):
+        found = choose(curves, Budget(shapes, total, 2, 2, rank_multiple=1))
+        assert {name: choice.form for name, choice in found.items()} == {"shared": Form(1), "apart": Form(0)}
+        spent = sum(projection_bytes(shapes[name], c.delta_rank, c.form, 2) for name, c in found.items())
+        assert total - projection_bytes((8, 32, 32), 1, PLAIN, 2) < spent <= total

@@ -58,7 +58,7 @@ def test_fp32_inside_whatever_the_type(anisotropic_grams, method, parameterizati
     result = fit(weights, short(method, parameterization, 4), gram)
     same = fit(weights.float(), short(method, parameterization, 4), gram)
     for name, tensor in vars(result.factors).items():
-        if name == "groups":
+        if tensor is None:
             continue
         assert tensor.dtype == torch.float32, name
         torch.testing.assert_close(tensor, getattr(same.factors, name), rtol=1e-4, atol=1e-4)

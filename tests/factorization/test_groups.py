@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_compress.errors import UserError
-from moe_compress.factorization import FitSpec, align_neurons, error_curve, fit, group_experts, permute_neurons
+from moe_compress.factorization import FitSpec, Form, align_neurons, error_curve, fit, group_experts, permute_neurons
 
 PLANTED = torch.tensor([0, 1, 0, 2, 1, 1, 0, 2])
 
@@ -89,7 +89,7 @@ def test_groups_beat_one_core_where_there_are_groups():
 
 def test_the_curve_is_that_of_the_first_fit():
     weights = around_cores()
-    curve = error_curve(weights, cores=3)
+    curve = error_curve(weights, Form(3))
     for rank in (1, 4):
         result = fit(weights, FitSpec(delta_rank=rank, cores=3, iterations=1))
         assert float(curve[rank]) == pytest.approx(result.relative_error, rel=1e-3)

@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.quality.calibration import Layer
 from benchmarks.quality.forms import VALUE_BYTES, Form, LowRank, gate_and_up
 from benchmarks.quality.methods.base import Task, method
-from moe_compress.factorization import uniform_ranks
+from moe_compress.factorization import budget, uniform_ranks
 from moe_compress.factorization.align import neuron_rows
 
 _DAMPING = 1e-4  # of the mean diagonal, for experts with fewer tokens than inputs
@@ -63,7 +63,8 @@ def ranks(task: Task, joint: bool, cores: int) -> dict[tuple[str, str], int]:
         for layer in task.layers
         for name, weight in matrices(layer, joint).items()
     }
-    found = uniform_ranks(shapes, ratio=task.ratio, cores=cores, bytes_per_value=VALUE_BYTES, rank_multiple=1)
+    form = budget.Form(cores)
+    found = uniform_ranks(shapes, ratio=task.ratio, forms=form, bytes_per_value=VALUE_BYTES, rank_multiple=1)
     return {(key.split("/")[0], key.split("/")[1]): rank for key, rank in found.items()}
 
 

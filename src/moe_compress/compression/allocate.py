@@ -1,4 +1,4 @@
-"""Ranks chosen by measuring: one pass over the model gives every projection's error at every rank.
+"""Forms and ranks chosen by measuring: one pass over the model gives every projection's error in each form and rank.
 
 With a calibration the error is that of the outputs on its text, relative to their squares, or with Fisher information
 (`compression.calibration.fisher`) that of the predictions, whose unit is the same for all layers; without one it is
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,19 @@ import torch
 
 from moe_compress.compression.calibrate import GRAM_BYTES_AT_ONCE, Calibration, gram_bytes
 from moe_compress.compression.layer import LayerSettings, LayerWork, layer_input
-from moe_compress.compression.ranks import Ranks, choose_ranks, fixed_cores, projections_budget, value_width
+from moe_compress.compression.ranks import Choices, budget_of, choose, forms_of
 from moe_compress.compression.source import SourceModel
 from moe_compress.compression.walk import CalibrationWalk, Parameters
 from moe_compress.config import Config
 from moe_compress.errors import UserError
-from moe_compress.factorization import greedy_ranks
+from moe_compress.factorization import Choice, Form, greedy_choices, uniform_choices
 from moe_compress.files import fingerprint, write_json
 
 Progress = Callable[[int, int], None]
-Curves = dict[str, list[float]]  # projection to its error at every delta rank
+Curves = dict[str, dict[Form, list[float]]]  # projection to its error in each form at every delta rank
 
 
-def allocate_ranks(
+def allocate(
     source: SourceModel,
     config: Config,
     file: Path,
@@ -37,8 +38,12 @@ def allocate_ranks(
     on_layer: Progress = lambda done, total: None,
     calibration: Calibration | None = None,
     make_walk: Callable[[], CalibrationWalk | None] = lambda: None,
-) -> Ranks:
-    """The delta rank of every projection by `compression.allocation=greedy`, under the budget of the uniform choice.
+) -> Choices:
+    """What every projection becomes, under the budget of the uniform choice, by the errors measured.
+
+    Of several forms (`compression.cores=auto`, `compression.input_basis=auto`) each projection takes what leaves the
+    least error. Its bytes are the same share as those of the others, or with `compression.allocation=greedy` such that
+    the sum of all errors is small.
 
     Args:
         file: JSON file that keeps the choice and the errors it expects; read instead of measuring again if it belongs
@@ -51,15 +56,16 @@ def allocate_ranks(
         UserError: the budget cannot be reached; NaN or infinity in the weights.
     """
     settings = config.compression
-    uniform = choose_ranks(source.map.layers, config)  # refuses what cannot be reached
-    budget = projections_budget(source.map.layers, config, uniform)
+    plain = choose(source.map.layers, config)  # refuses what cannot be reached
+    budget = budget_of(source.map.layers, config)
+    forms = {key: forms_of(key[1], budget.shapes[_name(key)], settings) for key in plain}
     measured_by = {
         "source": source.checkpoint.fingerprint,
-        "settings": [fixed_cores(config), settings.alignment],
+        "settings": [[[asdict(form) for form in each] for each in forms.values()], settings.alignment],
         "calibration": None if calibration is None else [calibration.fingerprint, settings.calibration.shrinkage],
     }
     key = fingerprint(
-        [measured_by, budget, settings.dtype, settings.rank_multiple, settings.parameterization],
+        [measured_by, settings.allocation, asdict(budget)],
     )
     kept = _read(file, key)
     if kept is not None:
@@ -68,43 +74,49 @@ def allocate_ranks(
         measured = _curves_of_weights(source, config, device)
     else:
         measured = _curves_of_outputs(source, config, device, calibration, make_walk, fingerprint(measured_by))
-    names = {f"{module}.{projection}": (module, projection) for module, projection in uniform}
-    shapes, curves = {}, {}
+    curves: Curves = {}
     for done, (index, by_projection) in enumerate(measured, 1):
         layer = source.map.layers[index]
-        for projection, curve in by_projection.items():
-            shapes[f"{layer.name}.{projection}"] = layer.experts.projections[projection]
-            curves[f"{layer.name}.{projection}"] = curve
+        curves |= {_name((layer.name, projection)): by_form for projection, by_form in by_projection.items()}
         on_layer(done, len(source.map.layers))
-    found = greedy_ranks(
-        curves,
-        {name: shapes[name] for name in names},
-        budget=budget,
-        cores=fixed_cores(config),
-        bytes_per_value=value_width(source.map.layers, config),
-        rank_multiple=settings.rank_multiple,
-        parameterization=settings.parameterization,
-    )
+    curves = {name: curves[name] for name in budget.shapes}
+    found = (greedy_choices if settings.allocation == "greedy" else uniform_choices)(curves, budget)
+
+    def error(name: str, choice: Choice) -> float:
+        curve = curves[name][choice.form]
+        return curve[min(choice.delta_rank, len(curve) - 1)]
+
     write_json(
         file,
         {
             "made_by": key,
             "error_of": _error_of(calibration),
-            "budget": budget,
+            "budget": budget.total,
             "projections": {
                 name: {
-                    "module": names[name][0],
-                    "projection": names[name][1],
-                    "delta_rank": rank,
-                    "uniform_delta_rank": uniform[names[name]],
-                    "expected_error": curves[name][rank],
-                    "uniform_expected_error": curves[name][min(uniform[names[name]], len(curves[name]) - 1)],
+                    "module": module,
+                    "projection": projection,
+                    **_facts(found[name]),
+                    "expected_error": error(name, found[name]),
+                    "uniform": {
+                        **_facts(plain[module, projection]),
+                        "expected_error": error(name, plain[module, projection]),
+                    },
                 }
-                for name, rank in found.items()
+                for module, projection in plain
+                for name in [_name((module, projection))]
             },
         },
     )
-    return {names[name]: rank for name, rank in found.items()}
+    return {key: found[_name(key)] for key in plain}
+
+
+def _name(key: tuple[str, str]) -> str:
+    return ".".join(key)
+
+
+def _facts(choice: Choice) -> dict[str, int]:
+    return {**asdict(choice.form), "delta_rank": choice.delta_rank}
 
 
 def _error_of(calibration: Calibration | None) -> str:
@@ -139,7 +151,12 @@ def _curves_of_outputs(
         if not file(index).is_file():
             return None
         facts = json.loads(file(index).read_text(encoding="utf-8"))
-        return facts["curves"] if facts["made_by"] == key else None
+        if facts["made_by"] != key:
+            return None
+        return {
+            projection: {Form(each["cores"], each["basis"]): each["errors"] for each in by_form}
+            for projection, by_form in facts["curves"].items()
+        }
 
     finished = {layer.index: curves for layer in layers if (curves := kept(layer.index)) is not None}
     yield from finished.items()
@@ -154,7 +171,11 @@ def _curves_of_outputs(
     keep = walk is None or sum(gram_bytes(layer.experts) for layer in layers) <= GRAM_BYTES_AT_ONCE
     for index in missing if walk is None else walk.run(lambda index: index in finished, never_compressed):
         curves = _layer_curves(source, config, device, index, calibration)
-        write_json(file(index), {"made_by": key, "curves": curves})
+        facts = {
+            projection: [{**asdict(form), "errors": errors} for form, errors in by_form.items()]
+            for projection, by_form in curves.items()
+        }
+        write_json(file(index), {"made_by": key, "curves": facts})
         if not keep:
             calibration.file(index).unlink()
         yield index, curves
@@ -163,14 +184,20 @@ def _curves_of_outputs(
 def _layer_curves(
     source: SourceModel, config: Config, device: torch.device, index: int, calibration: Calibration | None = None
 ) -> Curves:
-    """The error of each projection of a layer at every delta rank."""
+    """The error of each projection of a layer in each form that it may take, at every delta rank."""
     settings, layer = config.compression, source.map.layers[index]
     grams = None if calibration is None else calibration.load(index)
     given = layer_input(layer.experts, source.map.load(source.checkpoint, layer), grams)
     work = LayerWork(given, LayerSettings({}, {}, shrinkage=settings.calibration.shrinkage, device=device))
     if settings.alignment == "weights":
         work.align()
-    return {projection: curve.tolist() for projection, curve in work.curves(fixed_cores(config)).items()}
+    return {
+        projection: {
+            form: work.curve(projection, form).tolist()
+            for form in forms_of(projection, layer.experts.projections[projection], settings)
+        }
+        for projection in given.weights
+    }
 
 
 def never_compressed(index: int) -> Parameters:
@@ -178,13 +205,16 @@ def never_compressed(index: int) -> Parameters:
     raise AssertionError(f"MoE layer {index} is not compressed")
 
 
-def _read(file: Path, key: str) -> Ranks | None:
+def _read(file: Path, key: str) -> Choices | None:
     if not file.is_file():
         return None
     try:
         facts: Any = json.loads(file.read_text(encoding="utf-8"))
         if facts["made_by"] != key:
             return None
-        return {(entry["module"], entry["projection"]): entry["delta_rank"] for entry in facts["projections"].values()}
+        return {
+            (entry["module"], entry["projection"]): Choice(Form(entry["cores"], entry["basis"]), entry["delta_rank"])
+            for entry in facts["projections"].values()
+        }
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged; delete it and run the same command again") from error

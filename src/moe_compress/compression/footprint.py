@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_compress.compression.calibrate import GRAM_BYTES_AT_ONCE
 from moe_compress.compression.layerwise import DoesNotFit, compute_dtype, layer_list
+from moe_compress.compression.ranks import more_cores
 from moe_compress.compression.source import SourceModel
 from moe_compress.config import CalibrationConfig, Config
 from moe_compress.factorization.grams import CHUNK_BYTES
@@ -21,7 +22,7 @@ _TEMPORARIES = 8  # over a chunk of experts, in a step of a fit
 def peak_stages(source: SourceModel, config: Config, layers: list[LayerPlan]) -> dict[str, int]:
     """Expected peak of main memory in each stage, `fit` and `calibration`, of the process that leads."""
     settings = config.compression.calibration
-    fit = max(max(_reading(layer), _fitting(layer, settings)) for layer in layers)
+    fit = max(max(_reading(layer), _fitting(layer, settings, config.compression.cores)) for layer in layers)
     if not settings.enabled:
         return {"fit": _LIBRARY_BYTES + fit}
     grams = [layer.gram_bytes for layer in layers]
@@ -75,7 +76,7 @@ def _reading(layer: LayerPlan) -> int:
     return layer.bias_bytes_before + peak
 
 
-def _fitting(layer: LayerPlan, settings: CalibrationConfig) -> int:
+def _fitting(layer: LayerPlan, settings: CalibrationConfig, cores: int | str) -> int:
     """While a layer is fitted: its weights as read and with their neurons permuted, factors in fp32, temporaries."""
     weights = 2 * layer.bytes_before
     factors = sum(4 * projection.parameters_after for projection in layer.projections)
@@ -85,15 +86,17 @@ def _fitting(layer: LayerPlan, settings: CalibrationConfig) -> int:
         chunk = min(max(CHUNK_BYTES, one), 4 * projection.parameters_before)
         gram = _gram(projection, projection.columns) * settings.enabled
         gram += _gram(projection, projection.rows) * settings.fisher
-        most_cores = max(choice.cores for choice in projection.choices)
-        grouped = projection.bytes_before + 2 * gram if most_cores > 1 else 0  # the experts of one group, at most
-        tried = 4 * projection.parameters_after if projection.alternatives else 0
+        grouped = projection.bytes_before + 2 * gram if _may_group(projection, cores) else 0  # the experts of a group
         # Shrunk, then scaled and damped, and their roots.
-        working.append(_TEMPORARIES * chunk + 3 * gram + grouped + tried)
+        working.append(_TEMPORARIES * chunk + 3 * gram + grouped)
     up, down = layer.projections
     grams = (layer.gram_bytes + _gram(down, down.columns)) * settings.enabled  # that of the neurons is permuted
     grams += _gram(up, up.rows) * settings.fisher
     return weights + factors + grams + max(working)
+
+
+def _may_group(projection: ProjectionPlan, cores: int | str) -> bool:
+    return projection.form.cores > 1 or (cores == "auto" and bool(more_cores(projection.experts)))
 
 
 def _gram(projection: ProjectionPlan, features: int) -> int:

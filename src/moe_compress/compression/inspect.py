@@ -28,7 +28,7 @@ from moe_compress.compression.ranks import more_cores
 from moe_compress.compression.source import SourceModel, open_model
 from moe_compress.config import Config
 from moe_compress.errors import UserError
-from moe_compress.factorization import error_curve
+from moe_compress.factorization import Form, error_curve, rank_within
 from moe_compress.factorization.budget import Shape
 from moe_compress.files import directory_in_progress, write_json
 
@@ -94,8 +94,9 @@ def measure_layer(weights: dict[str, Tensor], *, interleaved: bool) -> dict[str,
         By projection: `shape`; `core_energy_before` and `core_energy_after`, the share of the squared norm in the mean
         of the experts, before and after alignment (1 / E for experts that have nothing in common); `residual_energy`,
         delta rank to the share of the norm of what the (aligned) mean leaves that deltas of this rank hold; and
-        `error_with_core`, `error_without_core` and, for many experts, `error_with_2_cores`, `error_with_4_cores`: share
-        of the bytes kept to the relative squared error that is left, or None where it cannot be reached.
+        `error_with_core`, `error_without_core`, for many experts `error_with_2_cores`, `error_with_4_cores`, and for
+        the projection that reads the hidden states `error_with_basis` (half of their size, no core): share of the bytes
+        kept to the relative squared error that is left, or None where it cannot be reached.
     """
     device = next(iter(weights.values())).device
     work = LayerWork(LayerInput("", weights, {}, interleaved), LayerSettings({}, {}, device=device))
@@ -105,29 +106,36 @@ def measure_layer(weights: dict[str, Tensor], *, interleaved: bool) -> dict[str,
     for name, weight in weights.items():
         experts, rows, columns = weight.shape
         shape = (experts, rows, columns)
-        with_core = error_curve(after[name], cores=1)
-        without_core = error_curve(weight, cores=0)  # the order of the neurons changes nothing here
+        with_core = error_curve(after[name], Form(1))
+        without_core = error_curve(weight, Form(0))  # the order of the neurons changes nothing here
         ranks = _powers_of_two(min(rows, columns))
         rest = max(float(with_core[0]), torch.finfo(torch.float32).tiny)
         found[name] = {
             "shape": list(shape),
-            "core_energy_before": 1 - float(error_curve(weight, cores=1)[0]),
+            "core_energy_before": 1 - float(error_curve(weight, Form(1))[0]),
             "core_energy_after": 1 - float(with_core[0]),
             "residual_energy": {str(rank): 1 - float(with_core[rank]) / rest for rank in ranks},
-            "error_with_core": {str(r): error_at(with_core, shape, r, cores=1) for r in RATIOS},
-            "error_without_core": {str(r): error_at(without_core, shape, r, cores=0) for r in RATIOS},
+            "error_with_core": errors_at(with_core, shape, Form(1)),
+            "error_without_core": errors_at(without_core, shape, Form(0)),
         }
         for cores in more_cores(experts):
-            curve = error_curve(after[name], cores=cores)
-            found[name][f"error_with_{cores}_cores"] = {str(r): error_at(curve, shape, r, cores=cores) for r in RATIOS}
+            curve = error_curve(after[name], Form(cores))
+            found[name][f"error_with_{cores}_cores"] = errors_at(curve, shape, Form(cores))
+        if name != "down_proj":
+            form = Form(0, max(1, columns // 2))
+            found[name]["error_with_basis"] = errors_at(error_curve(weight, form), shape, form)
     return found
 
 
-def error_at(curve: Tensor, shape: Shape, ratio: float, *, cores: int) -> float | None:
+def errors_at(curve: Tensor, shape: Shape, form: Form) -> dict[str, float | None]:
+    """The error of a curve at each of `RATIOS`."""
+    return {str(ratio): error_at(curve, shape, ratio, form) for ratio in RATIOS}
+
+
+def error_at(curve: Tensor, shape: Shape, ratio: float, form: Form) -> float | None:
     """The error of a curve (see `error_curve`) at the largest rank that keeps at most a share of the bytes."""
-    experts, rows, columns = shape
-    rank = math.floor((ratio * experts - cores) * rows * columns / (experts * (rows + columns)) + 1e-9)
-    return float(curve[rank]) if 0 < rank < len(curve) else None
+    rank = rank_within(shape, math.floor(ratio * math.prod(shape) + 1e-9), form=form, bytes_per_value=1)
+    return float(curve[rank]) if rank else None
 
 
 def routing_load(

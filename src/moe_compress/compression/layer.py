@@ -18,6 +18,7 @@ from moe_compress.factorization import (
     Factors,
     FitResult,
     FitSpec,
+    Form,
     align_neurons,
     error_curve,
     fit,
@@ -35,7 +36,7 @@ from moe_compress.modeling.tensors import Layout, layout_of
 class LayerSettings:
     """How one layer is compressed; the same everywhere but for the ranks."""
 
-    specs: dict[str, tuple[FitSpec, ...]]  # by projection; of several, the one that leaves the least error is taken
+    specs: dict[str, FitSpec]  # by projection
     dtypes: dict[str, torch.dtype]  # of what is stored, by projection and, for biases, `<projection>_bias`
     alignment: str = "weights"
     shrinkage: float = 0.1
@@ -67,8 +68,7 @@ class LayerResult:
     Attributes:
         factors: by projection.
         biases: `<projection>_bias` [E, out], in the new order of the neurons.
-        errors: projection to `relative_error` and `data_error` (None without calibration), measured in fp32; where the
-            cores were chosen, also `candidates`: `cores`, `delta_rank` and `error` of each.
+        errors: projection to `relative_error` and `data_error` (None without calibration), measured in fp32.
         load: tokens per expert in the calibration, or None.
     """
 
@@ -127,27 +127,17 @@ def fit_layer(
     align = settings.alignment == "weights"
     if align:
         work.align()
-    specs, groups = {}, {}
-    results: dict[str, FitResult] = {}
-    tried: dict[str, list[dict[str, Any]]] = {}
-    for projection, candidates in settings.specs.items():
-        specs[projection], groups[projection] = candidates[0], work.groups(projection, candidates[0])
-        if len(candidates) > 1:
-            specs[projection], results[projection], tried[projection] = work.best_fit(projection, candidates)
-            groups[projection] = results[projection].factors.groups
+    groups = {projection: work.groups(projection, spec) for projection, spec in settings.specs.items()}
     if align and any(group is not None for group in groups.values()):
         up, down = layer.weights
         work.align((groups[up], groups[down]))
-        results.clear()
     factors: dict[str, Factors] = {}
     errors: dict[str, dict[str, Any]] = {}
-    for projection, spec in specs.items():
-        result = results.pop(projection, None) or work.fit(projection, spec, groups[projection])
+    for projection, spec in settings.specs.items():
+        result = work.fit(projection, spec, groups[projection])
         work.forget(projection)
         factors[projection] = _stored(layer.name, projection, result.factors, settings.dtypes[projection])
         errors[projection] = {"relative_error": result.relative_error, "data_error": result.data_error}
-        if projection in tried:
-            errors[projection]["candidates"] = tried[projection]
         on_projection(projection, result.relative_error)
     biases = {f"{name}_bias": bias.to("cpu", settings.dtypes[f"{name}_bias"]) for name, bias in work.biases.items()}
     load = None if layer.grams is None else layer.grams.tokens.tolist()
@@ -188,17 +178,10 @@ class LayerWork:
             rows = neuron_rows(order, interleaved=interleaved, gates=gates)
             self.out_grams[up] = _permuted_gram(self.out_grams[up], rows)
 
-    def curves(self, cores: int) -> dict[str, Tensor]:
-        """The error of each projection at every delta rank, see `error_curve`."""
-        return {
-            projection: error_curve(
-                weight,
-                cores=cores,
-                gram=self.shrunk(self.grams, projection),
-                out_gram=self.shrunk(self.out_grams, projection),
-            )
-            for projection, weight in self.weights.items()
-        }
+    def curve(self, projection: str, form: Form) -> Tensor:
+        """The error of a projection at every delta rank, see `error_curve`."""
+        gram, out_gram = (self.shrunk(grams, projection) for grams in (self.grams, self.out_grams))
+        return error_curve(self.weights[projection], form, gram, out_gram)
 
     def groups(self, projection: str, spec: FitSpec) -> Tensor | None:
         """The core of each expert, where there are several."""
@@ -210,21 +193,6 @@ class LayerWork:
         """Fit a projection."""
         gram, out_gram = (self.shrunk(grams, projection) for grams in (self.grams, self.out_grams))
         return fit(self.weights[projection], spec, gram, groups, out_gram)
-
-    def best_fit(
-        self, projection: str, candidates: tuple[FitSpec, ...]
-    ) -> tuple[FitSpec, FitResult, list[dict[str, Any]]]:
-        """The candidate of the least error (of equals the first), and the error of each."""
-        best: tuple[float, FitSpec, FitResult] | None = None
-        tried = []
-        for spec in candidates:
-            result = self.fit(projection, spec, self.groups(projection, spec))
-            error = result.relative_error if result.data_error is None else result.data_error
-            tried.append({"cores": spec.cores, "delta_rank": spec.delta_rank, "error": error})
-            if best is None or error < best[0]:
-                best = error, spec, result
-        assert best is not None
-        return best[1], best[2], tried
 
     def forget(self, projection: str) -> None:
         """Free what only the fit of this projection needed."""

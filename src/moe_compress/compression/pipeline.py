@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from moe_compress.compression.allocate import allocate_ranks
+from moe_compress.compression.allocate import allocate
 from moe_compress.compression.calibrate import Calibration
 from moe_compress.compression.card import inherited, model_card, read_metadata, write_card
 from moe_compress.compression.job import Job, calibration_walk, copy_others, progress_bars
 from moe_compress.compression.layer import LayerSettings
 from moe_compress.compression.plan_table import print_plan
 from moe_compress.compression.planning import Plan, check_disk, check_plan, make_plan
-from moe_compress.compression.ranks import Choice, Ranks, candidates, stored_dtype
+from moe_compress.compression.ranks import Choices, is_measured, shapes_of, stored_dtype
 from moe_compress.compression.source import SourceModel, open_model
 from moe_compress.compression.workers import Team
 from moe_compress.compression.writer import CheckpointWriter, LayerRecord
@@ -32,7 +32,7 @@ from moe_compress.run import Run
 
 STAGE = "compress"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_SHARD_FORMAT = 3  # part of what a shard was made by: raise it when the same settings give other tensors
+_SHARD_FORMAT = 4  # part of what a shard was made by: raise it when the same settings give other tensors
 
 
 def compress(run: Run) -> None:
@@ -71,10 +71,10 @@ def _compress(run: Run, team: Team, console: Console) -> None:
     if not team.leads:
         team.wait("planned")  # what is wrong with the model or the settings is told once, by the leader
     source = open_model(run.config.model)
-    ranks = None
-    if run.config.compression.allocation == "greedy":
-        ranks = _allocate(run, source, calibration_dir, fit_device(run.config, team.local_rank), console)
-    plan = make_plan(source, run.config, candidates(source.map.layers, run.config, ranks))
+    choices = None
+    if is_measured(run.config.compression, shapes_of(source.map.layers)):
+        choices = _allocate(run, source, calibration_dir, fit_device(run.config, team.local_rank), console)
+    plan = make_plan(source, run.config, choices)
     if team.leads:
         check_plan(plan)
         if not target.exists():
@@ -88,7 +88,7 @@ def _compress(run: Run, team: Team, console: Console) -> None:
         shutil.rmtree(calibration_dir, ignore_errors=True)
 
 
-def _allocate(run: Run, source: SourceModel, calibration_dir: Path, device: torch.device, console: Console) -> Ranks:
+def _allocate(run: Run, source: SourceModel, calibration_dir: Path, device: torch.device, console: Console) -> Choices:
     """Measure how to divide the budget, or read what was measured before."""
     settings = run.config.compression.calibration
     calibration = None
@@ -96,7 +96,7 @@ def _allocate(run: Run, source: SourceModel, calibration_dir: Path, device: torc
         calibration = Calibration(run.config, source.path, source.checkpoint.fingerprint, calibration_dir)
     with progress_bars(console) as progress:
         task = progress.add_task("measuring errors", total=None, error="")
-        return allocate_ranks(
+        return allocate(
             source,
             run.config,
             run.path / "allocation.json",
@@ -136,8 +136,7 @@ def compress_model(
     keys = _keys(source, plan, settings, calibration)
     if target.exists():
         # Killed after the rename: all that is left to do is to report.
-        records = _records(CheckpointWriter(target, source), keys)
-        return report_facts(source, settled(source, plan, config, records), config, records)
+        return report_facts(source, plan, config, _records(CheckpointWriter(target, source), keys))
     with ExitStack() as stack:
         if team.leads:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -157,7 +156,6 @@ def compress_model(
         if not team.leads:
             return None
         records = _records(writer, keys)
-        plan = settled(source, plan, config, records)
         written = writer.finish(plan, records)
         if written != plan.after.bytes:
             raise RuntimeError(f"{written} bytes were written where the plan says {plan.after.bytes}")
@@ -172,36 +170,21 @@ def layer_settings(source: SourceModel, plan: Plan, config: Config, index: int, 
     settings = config.compression
     layer = source.map.layers[index]
     specs = {
-        projection.name: tuple(
-            FitSpec(
-                method=settings.method,
-                parameterization=settings.parameterization,
-                delta_rank=choice.delta_rank,
-                cores=choice.cores,
-                iterations=settings.iterations,
-                num_steps=settings.num_steps,
-                lr=settings.lr,
-                seed=config.seed,
-            )
-            for choice in projection.choices
+        projection.name: FitSpec(
+            method=settings.method,
+            parameterization=settings.parameterization,
+            delta_rank=projection.delta_rank,
+            cores=projection.form.cores,
+            basis=projection.form.basis,
+            iterations=settings.iterations,
+            num_steps=settings.num_steps,
+            lr=settings.lr,
+            seed=config.seed,
         )
         for projection in plan.layers[index].projections
     }
     dtypes = {name: stored_dtype(layer, name, config) for name in layer.dtypes}
     return LayerSettings(specs, dtypes, settings.alignment, settings.calibration.shrinkage, device)
-
-
-def settled(source: SourceModel, plan: Plan, config: Config, records: list[LayerRecord]) -> Plan:
-    """The plan with what was chosen while it was carried out; `records` are those of all layers."""
-    return make_plan(
-        source,
-        config,
-        {
-            (layer.name, name): (Choice(layout["cores"], layout["delta_rank"]),)
-            for layer, record in zip(plan.layers, records, strict=True)
-            for name, layout in record.layouts.items()
-        },
-    )
 
 
 def fit_device(config: Config, local_rank: int = 0) -> torch.device:
@@ -228,9 +211,9 @@ def report_facts(source: SourceModel, plan: Plan, config: Config, records: list[
     """What `compression.json` holds.
 
     Returns:
-        `layers`: by module name, `projections` (by name: `relative_error`, `data_error`, `delta_rank`, `cores`, `shape`
-        [E, out, in], `bytes_before`, `bytes`, and `candidates` where the cores were chosen, see `LayerResult.errors`)
-        and `load` (tokens per expert in the calibration, or None);
+        `layers`: by module name, `projections` (by name: `relative_error`, `data_error`, `delta_rank`, `cores`,
+        `basis`, `shape` [E, out, in], `bytes_before`, `bytes`) and `load` (tokens per expert in the calibration, or
+        None);
         `totals`: `bytes_*`, `expert_bytes_*`, `parameters_*`, `expert_parameters_*`, `active_parameters_*` and
         `flops_per_token_*`, each `_before` and `_after`, and `ratio`; and the settings that tell fits apart.
     """
@@ -240,7 +223,8 @@ def report_facts(source: SourceModel, plan: Plan, config: Config, records: list[
                 p.name: {
                     **record.errors[p.name],
                     "delta_rank": p.delta_rank,
-                    "cores": p.cores,
+                    "cores": p.form.cores,
+                    "basis": p.form.basis,
                     "shape": [p.experts, p.rows, p.columns],
                     "bytes_before": p.bytes_before,
                     "bytes": p.bytes_after,
@@ -298,7 +282,7 @@ def _made_by(source: SourceModel, name: str, settings: LayerSettings, grams: str
             "format": _SHARD_FORMAT,
             "source": source.checkpoint.fingerprint,
             "layer": name,
-            "specs": {projection: [asdict(spec) for spec in specs] for projection, specs in settings.specs.items()},
+            "specs": {projection: asdict(spec) for projection, spec in settings.specs.items()},
             "dtypes": {name: str(dtype) for name, dtype in settings.dtypes.items()},
             "alignment": settings.alignment,
             "shrinkage": settings.shrinkage if grams is not None else None,

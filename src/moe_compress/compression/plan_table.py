@@ -37,13 +37,14 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     console.print(_size_table(plan))
     projections = [projection for layer in plan.layers for projection in layer.projections]
     dtypes = " and ".join(sorted({projection.dtype for projection in projections}))
-    numbers = sorted({choice.cores for projection in projections for choice in projection.choices})
+    numbers = sorted({projection.form.cores for projection in projections})
     words = {0: "no core", 1: "a shared core"}
     cores = " or ".join(words.get(number, f"{number} cores") for number in numbers)
     fitted = "on calibration data" if plan.calibrated else "on the weights"
     console.print(
-        f"The experts' projections keep {plan.ratio:.2%} of their bytes: {cores} and low-rank factors "
-        f"({plan.parameterization}, {dtypes}), fitted {fitted}.",
+        f"The experts' projections keep {plan.ratio:.2%} of their bytes: {cores}"
+        f"{', shared input bases' if any(projection.form.basis for projection in projections) else ''} and low-rank "
+        f"factors ({plan.parameterization}, {dtypes}), fitted {fitted}.",
         highlight=False,
     )
     console.print(
@@ -53,7 +54,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     if plan.provisional:
         console.print(
             f"{' and '.join(plan.provisional)}: the bytes are an upper limit; what they buy in each projection is "
-            "measured by compress, so that its ranks and cores will differ from these.",
+            "measured by compress, so that its ranks, cores and bases will differ from these.",
             highlight=False,
         )
     slower = [layer for layer in plan.layers if layer.arithmetic > 1]
@@ -90,7 +91,8 @@ def _layer_table(plan: Plan) -> Table:
     )
     for title in ("layers", "top-k", "projection"):
         table.add_column(title, no_wrap=True)
-    for title in ("out x in", "cores", "rank R", "before", "after", "kept"):
+    with_basis = any(projection.form.basis for layer in plan.layers for projection in layer.projections)
+    for title in ("out x in", "cores", *(("basis",) if with_basis else ()), "rank R", "before", "after", "kept"):
         table.add_column(title, justify="right", no_wrap=True)
 
     def kind(item: tuple[int, LayerPlan]) -> tuple[object, ...]:
@@ -106,7 +108,8 @@ def _layer_table(plan: Plan) -> Table:
                 f"{layers[0].top_k} of {projection.experts}" if first else "",
                 projection.name,
                 f"{projection.rows} x {projection.columns}",
-                str(projection.cores),
+                str(projection.form.cores),
+                *((str(projection.form.basis or ""),) if with_basis else ()),
                 str(projection.delta_rank),
                 _bytes(projection.bytes_before * len(layers)),
                 _bytes(projection.bytes_after * len(layers)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,33 +13,32 @@ from torch import nn
 from moe_compress.compression.calibrate import gram_bytes
 from moe_compress.compression.footprint import disk_needed, peak_stages
 from moe_compress.compression.mapping import MoeLayer
-from moe_compress.compression.ranks import Choice, candidates, stored_dtype
+from moe_compress.compression.ranks import Choices, choose, is_measured, shapes_of, stored_dtype
 from moe_compress.compression.source import SourceModel, open_model
 from moe_compress.config import Config
 from moe_compress.errors import UserError
-from moe_compress.factorization import check_rank, projection_bytes
-from moe_compress.factorization.budget import Shape, break_even
+from moe_compress.factorization import Form, check_rank, projection_bytes
+from moe_compress.factorization.budget import Shape, active_values, break_even
 from moe_compress.modeling import experts_per_token
 
 
 @dataclass(frozen=True)
 class ProjectionPlan:
-    """One projection of one MoE layer: what it is and what it becomes.
-
-    Attributes:
-        alternatives: what it may become instead, which costs no more: the fit takes what leaves the least error.
-    """
+    """One projection of one MoE layer: what it is and what it becomes."""
 
     name: str
     experts: int
     rows: int  # out
     columns: int  # in
     delta_rank: int
-    cores: int
+    form: Form
     dtype: str  # of the stored factors
     bytes_before: int
     bytes_after: int
-    alternatives: tuple[Choice, ...] = ()
+
+    @property
+    def shape(self) -> Shape:
+        return self.experts, self.rows, self.columns
 
     @property
     def parameters_before(self) -> int:
@@ -47,21 +46,15 @@ class ProjectionPlan:
 
     @property
     def parameters_after(self) -> int:
-        return projection_bytes(self.experts, self.rows, self.columns, self.delta_rank, self.cores, 1)
+        return self.form.cost(self.shape, self.delta_rank)
 
     def active_before(self, top_k: int) -> int:
         """Parameters used for one token."""
         return top_k * self.rows * self.columns
 
     def active_after(self, top_k: int) -> int:
-        """Parameters used for one token: the deltas of the experts that it is routed to, and the cores of these."""
-        cores = min(self.cores, top_k)  # at most
-        return cores * self.rows * self.columns + top_k * self.delta_rank * (self.rows + self.columns)
-
-    @property
-    def choices(self) -> tuple[Choice, ...]:
-        """All that it may become, with the fewest cores first."""
-        return tuple(sorted((Choice(self.cores, self.delta_rank), *self.alternatives)))
+        """Parameters used for one token: what the experts share, and the deltas of those that it is routed to."""
+        return sum(active_values(self.shape, self.form, self.delta_rank, top_k))
 
 
 @dataclass(frozen=True)
@@ -93,7 +86,7 @@ class LayerPlan:
     @property
     def faster_below(self) -> dict[str, int]:
         """The delta ranks up to which the layer needs fewer multiply-adds than before; 0 if none is low enough."""
-        sizes = [(p.rows, p.columns, p.delta_rank, p.cores) for p in self.projections]
+        sizes = [(p.shape, p.form, p.delta_rank) for p in self.projections]
         scale = break_even(sizes, self.top_k, speedup=1 / self.arithmetic)
         return {projection.name: int(scale * projection.delta_rank) for projection in self.projections}
 
@@ -123,8 +116,8 @@ class Plan:
         unused: tensors of the source that the model does not load; they are copied as they are.
         peak_bytes: expected peak of main memory of one process, in the stage `peak_stage`.
         disk_bytes: disk needed while it runs: the compressed checkpoint and what the calibration keeps.
-        provisional: settings that leave something to be chosen by `compress`, within the same bytes; until then ranks
-            and cores stand for others.
+        provisional: settings that leave something to be chosen by `compress`, within the same bytes; until then ranks,
+            cores and bases stand for others.
     """
 
     model: str
@@ -167,21 +160,17 @@ def plan(config: Config) -> Plan:
     return result
 
 
-def make_plan(
-    source: SourceModel, config: Config, choices: Mapping[tuple[str, str], tuple[Choice, ...]] | None = None
-) -> Plan:
+def make_plan(source: SourceModel, config: Config, choices: Choices | None = None) -> Plan:
     """Count everything. Nothing is checked for sense: see `check_plan`.
 
     Args:
-        choices: what each (module name, projection) may become; None takes the same share of the bytes everywhere.
+        choices: what each (module name, projection) becomes; None takes what headers tell, see `choose`.
     """
     settings = config.compression
     provisional = []
     if choices is None:
-        choices = candidates(source.map.layers, config)
-        provisional += ["compression.allocation=greedy"] if settings.allocation == "greedy" else []
-    if any(len(tried) > 1 for tried in choices.values()):
-        provisional.append("compression.cores=auto")
+        choices = choose(source.map.layers, config)
+        provisional = is_measured(settings, shapes_of(source.map.layers))
     layers = [_layer_plan(layer, source, config, choices) for layer in source.map.layers]
     model = source.map.model
     embeddings = _embedding_parameters(model)
@@ -234,22 +223,22 @@ def check_plan(plan: Plan) -> None:
     """Refuse a plan that makes no sense.
 
     Raises:
-        UserError: a rank above the dimensions, a delta that saves nothing, a wrapper without a core.
+        UserError: a rank above the dimensions, a delta that saves nothing, a wrapper without a core or with a basis.
     """
     for layer in plan.layers:
         for projection in layer.projections:
-            for cores, rank in projection.choices:
-                if plan.parameterization == "wrapper" and cores == 0:
-                    raise UserError(
-                        "compression.parameterization=wrapper needs a core; set compression.cores=1 or delta"
-                    )
-                check_rank(
-                    f"{layer.name}.{projection.name}",
-                    (projection.experts, projection.rows, projection.columns),
-                    rank,
-                    cores=cores,
-                    parameterization=plan.parameterization,
+            if plan.parameterization == "wrapper" and (projection.form.cores == 0 or projection.form.basis):
+                raise UserError(
+                    "compression.parameterization=wrapper needs a core and no shared basis; "
+                    "set compression.cores=1 and compression.input_basis=0, or parameterization=delta"
                 )
+            check_rank(
+                f"{layer.name}.{projection.name}",
+                projection.shape,
+                projection.delta_rank,
+                form=projection.form,
+                parameterization=plan.parameterization,
+            )
 
 
 def check_disk(plan: Plan, directory: Path, existing: int = 0) -> None:
@@ -270,31 +259,24 @@ def check_disk(plan: Plan, directory: Path, existing: int = 0) -> None:
         )
 
 
-def _layer_plan(
-    layer: MoeLayer, source: SourceModel, config: Config, choices: Mapping[tuple[str, str], tuple[Choice, ...]]
-) -> LayerPlan:
+def _layer_plan(layer: MoeLayer, source: SourceModel, config: Config, choices: Choices) -> LayerPlan:
     projections = []
     bias_values = bias_before = bias_after = 0
-    for name, (experts, rows, columns) in layer.experts.projections.items():
+    for name, shape in layer.experts.projections.items():
         dtype = stored_dtype(layer, name, config)
-
-        def cost(choice: Choice, shape: Shape = (experts, rows, columns), width: int = dtype.itemsize) -> int:
-            return projection_bytes(*shape, choice.delta_rank, choice.cores, width)
-
-        tried = choices[layer.name, name]
-        costliest = max(tried, key=cost)
+        choice = choices[layer.name, name]
+        experts, rows, columns = shape
         projections.append(
             ProjectionPlan(
                 name=name,
                 experts=experts,
                 rows=rows,
                 columns=columns,
-                delta_rank=costliest.delta_rank,
-                cores=costliest.cores,
+                delta_rank=choice.delta_rank,
+                form=choice.form,
                 dtype=str(dtype).removeprefix("torch."),
                 bytes_before=experts * rows * columns * layer.dtypes[name].itemsize,
-                bytes_after=cost(costliest),
-                alternatives=tuple(choice for choice in tried if choice != costliest),
+                bytes_after=projection_bytes(shape, choice.delta_rank, choice.form, dtype.itemsize),
             )
         )
         bias = f"{name}_bias"

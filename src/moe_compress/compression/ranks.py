@@ -1,81 +1,61 @@
-"""The cores and the delta rank of every projection, and the type in which it is stored, from the settings."""
+"""The form (cores, basis) and the delta rank of every projection, and the type it is stored in, from the settings."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from fractions import Fraction
-from typing import NamedTuple
 
 import torch
 
 from moe_compress.compression.mapping import MoeLayer
-from moe_compress.config import Config
+from moe_compress.config import CompressionConfig, Config
 from moe_compress.errors import UserError
-from moe_compress.factorization import projection_bytes, rank_within, uniform_ranks
+from moe_compress.factorization import Budget, Choice, Form, largest_rank, rank_within, uniform_ranks
+from moe_compress.factorization.budget import Shape
 
-Ranks = dict[tuple[str, str], int]  # (module name, projection) to delta rank
+Key = tuple[str, str]  # module name and projection
+Choices = dict[Key, Choice]
 
-
-class Choice(NamedTuple):
-    """What a projection becomes."""
-
-    cores: int
-    delta_rank: int
+BASIS_SHARES = (Fraction(1, 3), Fraction(1, 2))  # of the inputs, that `compression.input_basis=auto` tries beside 0
 
 
-Choices = dict[tuple[str, str], tuple[Choice, ...]]  # (module name, projection) to the candidates, one if it is settled
-
-
-def candidates(layers: list[MoeLayer], config: Config, ranks: Ranks | None = None) -> Choices:
-    """What each projection may become; with `compression.cores=auto` the fit takes the best.
-
-    The candidates of a projection take no more bytes than its share of the budget. A share of the target is the same
-    part of every projection, and buys ranks rounded to `compression.rank_multiple`; where ranks are given, or set by
-    `compression.rank`, it is what they cost with one core, and buys others to the last rank.
+def forms_of(projection: str, shape: Shape, settings: CompressionConfig) -> tuple[Form, ...]:
+    """The forms that a projection may take: one if the settings name it, else those that can make it smaller.
 
     Args:
-        ranks: as `allocate_ranks` measures them; None takes those of `choose_ranks`.
-
-    Raises:
-        UserError: the budget cannot be reached; the message names the nearest feasible ratio.
+        projection: its name; `down_proj` reads the neurons of one expert, and never has a shared basis.
+        shape: (E, out, in).
     """
-    settings = config.compression
-    if settings.cores != "auto":
-        return {
-            key: (Choice(fixed_cores(config), rank),) for key, rank in (ranks or choose_ranks(layers, config)).items()
-        }
-    target = settings.target_ratio is not None or settings.target_bytes is not None
-    if ranks is None and not target:
-        ranks = choose_ranks(layers, config)
     wrapper = settings.parameterization == "wrapper"
-    share = Fraction(0)
-    if ranks is None:
-        choose_ranks(layers, config, cores=1 if wrapper else 0)  # refuses what cannot be reached
-        share = Fraction(projections_budget(layers, config, {}), sum(map(_original_bytes, layers)))
-    found: Choices = {}
-    for layer in layers:
-        for name, shape in layer.experts.projections.items():
-            width = stored_dtype(layer, name, config).itemsize
-            if ranks is None:
-                budget = math.floor(share * math.prod(shape) * layer.dtypes[name].itemsize)
-            else:
-                budget = projection_bytes(*shape, ranks[layer.name, name], 1, width)
-            tried = []
-            for cores in (*(() if wrapper else (0,)), 1, *more_cores(shape[0])):
-                rank = rank_within(
-                    shape,
-                    budget,
-                    cores=cores,
-                    bytes_per_value=width,
-                    rank_multiple=settings.rank_multiple if ranks is None else 1,
-                    parameterization=settings.parameterization,
-                )
-                if ranks is not None and cores == 1:
-                    rank = ranks[layer.name, name]
-                if rank:
-                    tried.append(Choice(cores, rank))
-            found[layer.name, name] = tuple(tried)
-    return found
+    if settings.cores == "auto":
+        cores: tuple[int, ...] = (*(() if wrapper else (0,)), 1, *more_cores(shape[0]))
+    else:
+        cores = (int(settings.cores),)
+    shares: tuple[Fraction, ...] = (Fraction(0),)
+    if projection != "down_proj" and settings.input_basis == "auto":
+        shares = shares if wrapper or settings.method != "closed_form" else (Fraction(0), *BASIS_SHARES)
+    elif projection != "down_proj":
+        shares = (Fraction(str(settings.input_basis)),)
+    forms = tuple(
+        Form(number, basis_size(share, shape, settings))
+        for number in cores
+        for share in shares
+        if number < 2 or not share or len(shares) == 1
+    )
+    if len(forms) == 1:
+        return forms
+    unit = 2 if wrapper else 1
+    fitting = [
+        form for form in forms if largest_rank(shape, form=form, parameterization=settings.parameterization) >= unit
+    ]
+    return tuple(fitting) or forms[:1]
+
+
+def basis_size(share: Fraction, shape: Shape, settings: CompressionConfig) -> int:
+    """The size of a basis of a share of the inputs, a multiple of `rank_multiple` (where above it)."""
+    size, multiple = round(share * shape[2]), settings.rank_multiple
+    return size - size % multiple if size > multiple else size
 
 
 def more_cores(experts: int) -> tuple[int, ...]:
@@ -83,63 +63,122 @@ def more_cores(experts: int) -> tuple[int, ...]:
     return (2, 4) if experts >= 16 else ()
 
 
-def fixed_cores(config: Config) -> int:
-    """The number of cores to count with before the fit: that of the settings, one with `auto`."""
-    cores = config.compression.cores
-    return cores if isinstance(cores, int) else 1
+def is_measured(settings: CompressionConfig, shapes: Mapping[Key, Shape]) -> list[str]:
+    """The settings that leave forms or ranks to be chosen by measuring the model; none, if headers are enough."""
+    open_settings = ["compression.allocation=greedy"] if settings.allocation == "greedy" else []
+    forms = {form for (_, name), shape in shapes.items() for form in forms_of(name, shape, settings)}
+    if settings.cores == "auto":
+        open_settings.append("compression.cores=auto")
+    if settings.input_basis == "auto" and any(form.basis for form in forms):
+        open_settings.append("compression.input_basis=auto")
+    return open_settings
 
 
-def choose_ranks(layers: list[MoeLayer], config: Config, cores: int | None = None) -> Ranks:
-    """The delta rank of each (module name, projection): from compression.rank, or from a budget of bytes.
+def choose(layers: list[MoeLayer], config: Config) -> Choices:
+    """What each projection becomes as far as headers tell: see `header_choices`.
 
-    Args:
-        cores: of each projection; None takes `fixed_cores`.
+    Raises:
+        UserError: the budget cannot be reached; the message names the nearest feasible ratio.
+    """
+    return header_choices(
+        shapes_of(layers),
+        config,
+        bytes_per_value=value_width(layers, config),
+        original_bytes_per_value=original_width(layers),
+        bias_bytes=_bias_bytes(layers, config),
+    )
+
+
+def header_choices(
+    shapes: Mapping[Key, Shape],
+    config: Config,
+    *,
+    bytes_per_value: int,
+    original_bytes_per_value: int,
+    bias_bytes: int = 0,
+) -> Choices:
+    """What each projection becomes, by compression.rank or the same share of the bytes for all.
+
+    Where the settings leave something to be measured, this stands for it: one core for `cores=auto`, and for
+    `input_basis=auto` the smallest basis that can spend the share.
 
     Raises:
         UserError: the budget cannot be reached; the message names the nearest feasible ratio.
     """
     settings = config.compression
-    keys = [(layer, projection) for layer in layers for projection in layer.experts.projections]
-    if settings.target_ratio is None and settings.target_bytes is None:
-        if settings.rank is None:
-            raise UserError("set compression.rank, compression.target_ratio or compression.target_bytes")
-        return {(layer.name, projection): 2 * settings.rank for layer, projection in keys}
-    original_width = _only({layer.dtypes[projection].itemsize for layer, projection in keys})
-    found = uniform_ranks(
-        {f"{layer.name}.{projection}": layer.experts.projections[projection] for layer, projection in keys},
-        target_bytes=None if settings.target_bytes is None else settings.target_bytes - _bias_bytes(layers, config),
+    total = math.fsum(map(math.prod, shapes.values())) * original_bytes_per_value
+    target = _target(settings, int(total), bias_bytes)
+    if target is None and settings.rank is None:
+        raise UserError("set compression.rank, compression.target_ratio or compression.target_bytes")
+    forms = {}
+    for key, shape in shapes.items():
+        share = 0
+        if target is not None:
+            share = math.floor(Fraction(target, int(total)) * math.prod(shape) * original_bytes_per_value)
+        forms[key] = _stand_in(key[1], shape, settings, share, bytes_per_value)
+    if target is None:
+        assert settings.rank is not None
+        return {key: Choice(form, 2 * settings.rank) for key, form in forms.items()}
+    names = {f"{module}.{projection}": (module, projection) for module, projection in shapes}
+    ranks = uniform_ranks(
+        {name: shapes[key] for name, key in names.items()},
+        target_bytes=target if settings.target_ratio is None else None,
         ratio=settings.target_ratio,
-        cores=fixed_cores(config) if cores is None else cores,
-        bytes_per_value=value_width(layers, config),
-        original_bytes_per_value=original_width,
+        forms={name: forms[key] for name, key in names.items()},
+        bytes_per_value=bytes_per_value,
+        original_bytes_per_value=original_bytes_per_value,
         rank_multiple=settings.rank_multiple,
         parameterization=settings.parameterization,
     )
-    return {(layer.name, projection): found[f"{layer.name}.{projection}"] for layer, projection in keys}
+    return {key: Choice(forms[key], ranks[name]) for name, key in names.items()}
 
 
-def projections_budget(layers: list[MoeLayer], config: Config, uniform: Ranks) -> int:
-    """The bytes that all cores and factors may take: the target, or what the ranks of `choose_ranks` cost.
+def budget_of(layers: list[MoeLayer], config: Config) -> Budget:
+    """What all projections together may cost: the target, or what the ranks of `choose` cost.
 
-    Args:
-        uniform: what `choose_ranks` found, which counts where there is no target.
+    Its projections are called `<module>.<projection>`.
     """
     settings = config.compression
-    if settings.target_bytes is not None:
-        return settings.target_bytes - _bias_bytes(layers, config)
-    if settings.target_ratio is not None:
-        return math.floor(Fraction(str(settings.target_ratio)) * sum(map(_original_bytes, layers)))
-    width, cores = value_width(layers, config), fixed_cores(config)
-    return sum(
-        projection_bytes(*shape, uniform[layer.name, name], cores, width)
-        for layer in layers
-        for name, shape in layer.experts.projections.items()
+    shapes = {f"{module}.{projection}": shape for (module, projection), shape in shapes_of(layers).items()}
+    width, original = value_width(layers, config), original_width(layers)
+    total = _target(settings, sum(map(math.prod, shapes.values())) * original, _bias_bytes(layers, config))
+    budget = Budget(shapes, total or 0, width, original, settings.rank_multiple, settings.parameterization)
+    if total is not None:
+        return budget
+    spent = sum(
+        budget.cost(f"{module}.{projection}", choice) for (module, projection), choice in choose(layers, config).items()
     )
+    return Budget(shapes, spent, width, original, settings.rank_multiple, settings.parameterization)
 
 
-def _original_bytes(layer: MoeLayer) -> int:
-    """Bytes of the projections of a layer as they are."""
-    return sum(math.prod(shape) * layer.dtypes[name].itemsize for name, shape in layer.experts.projections.items())
+def _target(settings: CompressionConfig, original: int, bias_bytes: int) -> int | None:
+    """The bytes that all projections may take, of so many; None where the rank is set instead."""
+    if settings.target_bytes is not None:
+        return settings.target_bytes - bias_bytes
+    if settings.target_ratio is not None:
+        return math.floor(Fraction(str(settings.target_ratio)) * original)
+    return None
+
+
+def _stand_in(projection: str, shape: Shape, settings: CompressionConfig, share: int, bytes_per_value: int) -> Form:
+    """The form that is counted with before anything is measured."""
+    forms = forms_of(projection, shape, settings)
+    if len(forms) == 1:
+        return forms[0]
+    cores = 1 if settings.cores == "auto" else settings.cores
+    plain = [form for form in forms if form.cores == cores] or list(forms)
+    for form in sorted(plain):
+        rank = rank_within(
+            shape, share, form=form, bytes_per_value=bytes_per_value, parameterization=settings.parameterization
+        )
+        if form.basis and 0 < rank < form.basis:
+            return form
+    return min(plain)
+
+
+def shapes_of(layers: list[MoeLayer]) -> dict[Key, Shape]:
+    """(E, out, in) of every projection."""
+    return {(layer.name, name): shape for layer in layers for name, shape in layer.experts.projections.items()}
 
 
 def value_width(layers: list[MoeLayer], config: Config) -> int:
@@ -155,6 +194,15 @@ def value_width(layers: list[MoeLayer], config: Config) -> int:
             for projection in layer.experts.projections
         }
     )
+
+
+def original_width(layers: list[MoeLayer]) -> int:
+    """Bytes of one value of the original experts.
+
+    Raises:
+        UserError: it is not the same for all of them.
+    """
+    return _only({layer.dtypes[projection].itemsize for layer in layers for projection in layer.experts.projections})
 
 
 def _bias_bytes(layers: list[MoeLayer], config: Config) -> int:

@@ -18,6 +18,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from moe_compress.compression.ranks import header_choices
 from moe_compress.config import Config
 from moe_compress.errors import UserError
 from moe_compress.evaluation.machine import choose_device, describe_machine
@@ -25,7 +26,7 @@ from moe_compress.evaluation.model_speed import model_speed
 from moe_compress.evaluation.roofline import Rates, measure_rates
 from moe_compress.evaluation.speed import CORE, SVD, TOKENS, layer_speed, random_layer, same_bytes_layout
 from moe_compress.evaluation.speed_tables import Grid, layer_grids, model_grid, write_speed
-from moe_compress.factorization import DeltaFactors, uniform_ranks
+from moe_compress.factorization import DeltaFactors
 from moe_compress.factorization.budget import break_even
 from moe_compress.modeling import (
     ExpertsModule,
@@ -36,7 +37,7 @@ from moe_compress.modeling import (
     load_model,
     resolve_model_path,
 )
-from moe_compress.modeling.tensors import Layout
+from moe_compress.modeling.tensors import Layout, form_of
 
 LayerLayout = dict[str, Layout]
 
@@ -115,7 +116,7 @@ def bench_layers(
     planned = layouts or plan_layouts(experts, config, dtype)
     kinds: dict[str, list[ExpertsModule]] = {}
     for facts in experts:
-        ranks = {name: (own["delta_rank"], own["cores"]) for name, own in planned[facts.name].items()}
+        ranks = {name: (own["delta_rank"], form_of(own)) for name, own in planned[facts.name].items()}
         kind = repr((facts.projections, ranks, experts_per_token(model, facts.name)))
         kinds.setdefault(kind, []).append(facts)
     results = []
@@ -157,7 +158,7 @@ def faster_below(
     All ranks of the layer are scaled alike. The time of a layer is taken to be its multiply-adds, times what one of
     them was measured to take here at the present ranks. A rank of 0 means: at no rank.
     """
-    sizes = [(*experts.projections[name][1:], own["delta_rank"], own["cores"]) for name, own in layout.items()]
+    sizes = [(experts.projections[name], form_of(own), own["delta_rank"]) for name, own in layout.items()]
     found = {}
     for row in rows:
         if row["variant"] == CORE:
@@ -181,28 +182,16 @@ def break_even_lines(layer: Mapping[str, Any]) -> list[str]:
 
 def plan_layouts(experts: list[ExpertsModule], config: Config, dtype: torch.dtype) -> dict[str, LayerLayout]:
     """The ranks that the settings give, by module name and projection."""
-    settings = config.compression
-    cores = settings.cores if isinstance(settings.cores, int) else 1  # auto is measured by compress only
     shapes = {(facts.name, name): shape for facts in experts for name, shape in facts.projections.items()}
-    if settings.target_ratio is None and settings.target_bytes is None:
-        if settings.rank is None:
-            raise UserError("set compression.rank, compression.target_ratio or compression.target_bytes")
-        ranks = {f"{module}.{projection}": 2 * settings.rank for module, projection in shapes}
-    else:
-        ranks = uniform_ranks(
-            {f"{module}.{projection}": shape for (module, projection), shape in shapes.items()},
-            target_bytes=settings.target_bytes,
-            ratio=settings.target_ratio,
-            cores=cores,
-            bytes_per_value=dtype.itemsize,
-            rank_multiple=settings.rank_multiple,
-            parameterization=settings.parameterization,
-        )
     layouts: dict[str, LayerLayout] = {}
-    for (module, projection), shape in shapes.items():
-        layout: Layout = {"delta_rank": ranks[f"{module}.{projection}"], "cores": cores}
-        if cores > 1:
-            layout["groups"] = [expert % cores for expert in range(shape[0])]
+    for (module, projection), choice in header_choices(
+        shapes, config, bytes_per_value=dtype.itemsize, original_bytes_per_value=dtype.itemsize
+    ).items():
+        layout: Layout = {"delta_rank": choice.delta_rank, "cores": choice.form.cores}
+        if choice.form.cores > 1:
+            layout["groups"] = [expert % choice.form.cores for expert in range(shapes[module, projection][0])]
+        if choice.form.basis:
+            layout["basis"] = choice.form.basis
         layouts.setdefault(module, {})[projection] = layout
     return layouts
 
@@ -277,7 +266,9 @@ def _random_factors(shape: tuple[int, int, int], layout: Layout) -> DeltaFactors
 
     core = random(layout["cores"] * rows, columns) if layout["cores"] else None
     groups = torch.tensor(layout["groups"]) if layout["cores"] > 1 else None
-    return DeltaFactors(core, random(experts, rows, rank), random(experts, rank, columns), groups)
+    basis = random(layout["basis"], columns) if "basis" in layout else None
+    delta_in = random(experts, rank, layout.get("basis", columns))
+    return DeltaFactors(core, random(experts, rows, rank), delta_in, groups, basis)
 
 
 def _meta_model(model_config: Any) -> Any:

@@ -64,6 +64,8 @@ def layer_work(experts: nn.Module, index: Tensor) -> Work:
         if isinstance(experts, SharedCoreExperts) and name in experts.projections:
             units = experts.layout[name]["cores"]
             used, per_token = min(units, tokens * top_k), min(units, top_k)
+        if name.endswith("_basis"):
+            units = used = per_token = 1
         if units == 0:
             continue
         size = parameter.numel() // units

@@ -19,9 +19,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from moe_compress.evaluation.memory import allocated_by
 from moe_compress.evaluation.roofline import Rates, layer_work
 from moe_compress.evaluation.timing import Timing, time_interleaved
+from moe_compress.factorization import Form
 from moe_compress.modeling.experts import SharedCoreExperts, find_shared_cores
 from moe_compress.modeling.find import describe_experts
-from moe_compress.modeling.tensors import Layout, factor_tensors
+from moe_compress.modeling.tensors import Layout, factor_tensors, form_of
 
 CORE, SVD = "shared core", "per-expert SVD"
 TOKENS = (1, 16, 512)
@@ -184,7 +185,10 @@ def same_bytes_layout(core: SharedCoreExperts) -> dict[str, Layout]:
         experts, inner = core.num_experts, own["delta_rank"]
         delta = core.factors(projection).fold()
         rows, columns = delta.delta_out.shape[1], delta.delta_in.shape[2]
-        rank = inner + own["cores"] * rows * columns // (experts * (rows + columns))
+        if delta.basis is not None:
+            columns = delta.basis.shape[1]
+        shape = experts, rows, columns
+        rank = form_of(own).cost(shape, inner) // Form(0).cost(shape, 1)
         layout[projection] = {"delta_rank": min(_aligned(rank), rows, columns), "cores": 0}
     return layout
 

@@ -1,13 +1,15 @@
 """Bytes of factorized projections, and ranks that fit a byte budget.
 
 A projection of E experts costs E * out * in values as it is, and cores * out * in + E * R * (out + in) as core plus
-delta of rank R; a wrapper of rank R / 2 per side costs the same.
+delta of rank R; a wrapper of rank R / 2 per side costs the same. With a shared basis of s directions of the input it is
+cores * out * in + s * in + E * R * (out + s).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 
 from moe_compress.errors import UserError
@@ -15,12 +17,31 @@ from moe_compress.errors import UserError
 Shape = tuple[int, int, int]  # E, out, in
 
 
-def projection_bytes(experts: int, rows: int, columns: int, delta_rank: int, cores: int, bytes_per_value: int) -> int:
-    """Bytes of core and deltas (or wrappers) of one projection of shape [experts, rows, columns]."""
-    return (cores * rows * columns + experts * delta_rank * (rows + columns)) * bytes_per_value
+@dataclass(frozen=True, order=True)
+class Form:
+    """What is stored of a projection, but for the rank.
+
+    Attributes:
+        cores: G, how many cores the experts share between them; 0 for plain low rank.
+        basis: s, how many directions of the input all deltas read; 0 for all, without a basis.
+    """
+
+    cores: int = 1
+    basis: int = 0
+
+    def cost(self, shape: Shape, delta_rank: int) -> int:
+        """Values that are stored of a projection of shape (E, out, in)."""
+        experts, rows, columns = shape
+        fixed = self.cores * rows * columns + self.basis * columns
+        return fixed + experts * delta_rank * (rows + (self.basis or columns))
 
 
-def check_rank(name: str, shape: Shape, delta_rank: int, *, cores: int, parameterization: str) -> None:
+def projection_bytes(shape: Shape, delta_rank: int, form: Form, bytes_per_value: int) -> int:
+    """Bytes of what is stored of one projection."""
+    return form.cost(shape, delta_rank) * bytes_per_value
+
+
+def check_rank(name: str, shape: Shape, delta_rank: int, *, form: Form, parameterization: str) -> None:
     """Refuse a rank that makes no sense for a projection.
 
     Raises:
@@ -33,39 +54,42 @@ def check_rank(name: str, shape: Shape, delta_rank: int, *, cores: int, paramete
         raise UserError(
             f"{name}: delta rank {delta_rank} must be a positive multiple of {unit}; change compression.rank"
         )
-    most = largest_rank(shape, cores=cores, parameterization=parameterization)
+    most = largest_rank(shape, form=form, parameterization=parameterization)
     if most < unit:
         raise UserError(
-            f"{name}: {experts} experts of {rows} x {columns} cannot be made smaller with {cores} core(s); "
-            "leave this layer as it is"
+            f"{name}: {experts} experts of {rows} x {columns} cannot be made smaller with {form.cores} core(s)"
+            f"{f' and a basis of {form.basis}' if form.basis else ''}; leave this layer as it is"
         )
     hint = f"choose compression.rank of at most {most // 2}" if most >= 2 else "set compression.target_ratio instead"
     if delta_rank >= min(rows, columns):
         raise UserError(
             f"{name}: delta rank {delta_rank} is above the dimensions of {rows} x {columns} weights; {hint}"
         )
+    if delta_rank > (form.basis or delta_rank):
+        raise UserError(f"{name}: delta rank {delta_rank} is above its shared input basis of {form.basis}; {hint}")
     if delta_rank > most:
         raise UserError(
             f"{name}: delta rank {delta_rank} costs as much as the original: {experts} x {rows} x {columns}; {hint}"
         )
 
 
-def largest_rank(shape: Shape, *, cores: int, parameterization: str) -> int:
-    """The largest delta rank that is cheaper than the original; 0 if none is.
+def largest_rank(shape: Shape, *, form: Form, parameterization: str) -> int:
+    """The largest delta rank that is cheaper than the original, and not above a basis; 0 if none is.
 
     It is below both dimensions: R (out + in) < out * in leaves R < min(out, in).
     """
     experts, rows, columns = shape
     unit = _unit(parameterization)
-    rank = ((experts - cores) * rows * columns - 1) // (experts * (rows + columns))
-    return max(0, rank // unit * unit)
+    left = math.prod(shape) - 1 - form.cost(shape, 0)
+    rank = min(left // (experts * (rows + (form.basis or columns))), form.basis or columns)
+    return max(0, min(rank, rows - 1) // unit * unit)
 
 
 def rank_within(
     shape: Shape,
     budget: int,
     *,
-    cores: int,
+    form: Form,
     bytes_per_value: int,
     rank_multiple: int = 1,
     parameterization: str = "delta",
@@ -73,30 +97,37 @@ def rank_within(
     """The largest delta rank of one projection within a budget of bytes, rounded as in `uniform_ranks`; 0 if none."""
     unit = _unit(parameterization)
     multiple = math.lcm(max(1, rank_multiple), unit)
-    fixed = projection_bytes(*shape, 0, cores, bytes_per_value)
-    rank = (budget - fixed) // (projection_bytes(*shape, 1, cores, bytes_per_value) - fixed)
-    rank = max(0, min(rank, largest_rank(shape, cores=cores, parameterization=parameterization)))
+    fixed = projection_bytes(shape, 0, form, bytes_per_value)
+    rank = (budget - fixed) // (projection_bytes(shape, 1, form, bytes_per_value) - fixed)
+    rank = max(0, min(rank, largest_rank(shape, form=form, parameterization=parameterization)))
     return rank // multiple * multiple if rank >= multiple else rank // unit * unit
 
 
-def break_even(projections: Sequence[tuple[int, int, int, int]], top_k: int, *, speedup: float) -> float:
+def active_values(shape: Shape, form: Form, delta_rank: int, top_k: int) -> tuple[int, int]:
+    """Values that one token is multiplied with: of what the experts share, at most, and of the deltas of k experts."""
+    _, rows, columns = shape
+    shared = min(form.cores, top_k) * rows * columns + form.basis * columns
+    return shared, top_k * delta_rank * (rows + (form.basis or columns))
+
+
+def break_even(projections: Sequence[tuple[Shape, Form, int]], top_k: int, *, speedup: float) -> float:
     """By what the delta ranks of a layer may be multiplied until it is no faster than the original experts.
 
-    The count is of multiply-adds per token: each core once, each of k experts' deltas; as many parameters are read for
-    one token. What a multiply-add takes, compared with the original's, is known from a measured speed.
+    The count is of multiply-adds per token: cores and basis once, each of k experts' deltas; as many parameters are
+    read for one token. What a multiply-add takes, compared with the original's, is known from a measured speed.
 
     Args:
-        projections: (out, in, delta rank, cores) of each projection of the layer.
+        projections: shape, form and delta rank of each projection of the layer.
         top_k: experts per token k.
         speedup: how many times faster than the original the layer is at these ranks.
 
     Returns:
-        A factor, 0 where the cores alone take longer than the original.
+        A factor, 0 where what is shared alone takes longer than the original.
     """
-    core = sum(min(cores, top_k) * rows * columns for rows, columns, _, cores in projections)
-    delta = sum(top_k * rank * (rows + columns) for rows, columns, rank, _ in projections)
-    # The time is in proportion to core + delta, and the original takes `speedup` times it.
-    return max(0.0, ((core + delta) * speedup - core) / delta)
+    parts = [active_values(shape, form, rank, top_k) for shape, form, rank in projections]
+    shared, delta = sum(part[0] for part in parts), sum(part[1] for part in parts)
+    # The time is in proportion to shared + delta, and the original takes `speedup` times it.
+    return max(0.0, ((shared + delta) * speedup - shared) / delta)
 
 
 def uniform_ranks(
@@ -104,7 +135,7 @@ def uniform_ranks(
     *,
     target_bytes: int | None = None,
     ratio: float | None = None,
-    cores: int,
+    forms: Form | Mapping[str, Form],
     bytes_per_value: int,
     rank_multiple: int = 8,
     parameterization: str = "delta",
@@ -119,7 +150,7 @@ def uniform_ranks(
         shapes: (E, out, in) of each projection.
         target_bytes: bytes that all factors may take together; either this or `ratio`.
         ratio: the same, as a share of the bytes of the original experts.
-        cores: cores of each projection.
+        forms: of each projection, or of all.
         bytes_per_value: of the stored factors.
         rank_multiple: see above; made even for wrappers.
         parameterization: "delta" or "wrapper" (even ranks only).
@@ -136,16 +167,17 @@ def uniform_ranks(
         raise ValueError("uniform_ranks needs projections and either target_bytes or ratio")
     unit = _unit(parameterization)
     multiple = math.lcm(max(1, rank_multiple), unit)
+    forms = dict.fromkeys(shapes, forms) if isinstance(forms, Form) else forms
     for name, shape in shapes.items():
-        check_rank(name, shape, unit, cores=cores, parameterization=parameterization)
-    most = {n: largest_rank(shape, cores=cores, parameterization=parameterization) for n, shape in shapes.items()}
+        check_rank(name, shape, unit, form=forms[name], parameterization=parameterization)
+    most = {n: largest_rank(shapes[n], form=forms[n], parameterization=parameterization) for n in shapes}
     original = {n: math.prod(shape) * (original_bytes_per_value or bytes_per_value) for n, shape in shapes.items()}
     total = sum(original.values())
     share = Fraction(target_bytes, total) if target_bytes is not None else Fraction(str(ratio))
     target = math.floor(share * total)
 
     def cost(name: str, rank: int) -> int:
-        return projection_bytes(*shapes[name], rank, cores, bytes_per_value)
+        return projection_bytes(shapes[name], rank, forms[name], bytes_per_value)
 
     least = max(Fraction(cost(name, unit), original[name]) for name in shapes)
     greatest = Fraction(sum(cost(name, most[name]) for name in shapes), total)
@@ -164,7 +196,7 @@ def uniform_ranks(
         ranks[name] = rank_within(
             shapes[name],
             math.floor(share * original[name]),
-            cores=cores,
+            form=forms[name],
             bytes_per_value=bytes_per_value,
             rank_multiple=rank_multiple,
             parameterization=parameterization,

@@ -19,20 +19,24 @@ _Kind = TypeVar("_Kind", "DeltaFactors", "WrapperFactors")
 
 @dataclass(frozen=True)
 class DeltaFactors:
-    """W_e = core_g(e) + delta_out_e delta_in_e: a core plus a free delta of rank R.
+    """W_e = core_g(e) + delta_out_e delta_in_e [basis]: a core plus a free delta of rank R.
+
+    With a basis, which all experts share, the deltas of all experts read the same s directions of the input.
 
     Attributes:
         core: [out, in], or [G * out, in] for G cores one below the other, or None for plain low-rank experts without
             anything in common.
         delta_out: [E, out, R].
-        delta_in: [E, R, in].
+        delta_in: [E, R, in], or [E, R, s] with a basis.
         groups: [E] int64, the core of each expert; None with less than two cores.
+        basis: [s, in], or None.
     """
 
     core: Tensor | None
     delta_out: Tensor
     delta_in: Tensor
     groups: Tensor | None = None
+    basis: Tensor | None = None
 
     @property
     def delta_rank(self) -> int:
@@ -44,9 +48,16 @@ class DeltaFactors:
         """The number G of cores."""
         return 0 if self.core is None else self.core.shape[0] // self.delta_out.shape[1]
 
+    @property
+    def basis_size(self) -> int:
+        """The size s of the shared basis, 0 without one."""
+        return 0 if self.basis is None else self.basis.shape[0]
+
     def materialize(self, experts: slice = slice(None)) -> Tensor:
         """The dense weights [E, out, in] of all experts, or of those in `experts`; differentiable."""
         delta_out, delta_in = self.delta_out[experts], self.delta_in[experts]
+        if self.basis is not None:
+            delta_in = delta_in @ self.basis
         if self.core is None:
             return delta_out @ delta_in
         if self.groups is None:
@@ -87,6 +98,11 @@ class WrapperFactors:
     def cores(self) -> int:
         """The number G of cores."""
         return self.core.shape[0] // self.u_out.shape[1]
+
+    @property
+    def basis_size(self) -> int:
+        """Wrappers have no shared basis: 0."""
+        return 0
 
     def fold(self) -> DeltaFactors:
         """The same weights as core plus delta, exactly; R = 2r. Differentiable with respect to every factor.
@@ -138,5 +154,5 @@ def merge_groups(parts: Sequence[_Kind], groups: Tensor) -> _Kind:
 
 
 def _sides(factors: Factors) -> dict[str, Any]:
-    names = (field.name for field in fields(factors) if field.name not in ("core", "groups"))
+    names = (field.name for field in fields(factors) if field.name not in ("core", "groups", "basis"))
     return {name: getattr(factors, name) for name in names}

@@ -29,6 +29,7 @@ class FitSpec:
         parameterization: "delta" (core + A B) or "wrapper" ((I + U V^T) core (I + U V^T)).
         delta_rank: inner size R of the folded delta, at most min(out, in); a wrapper has rank R / 2 per side.
         cores: 1 for a shared core, 0 for none (delta only), more for groups of experts with a core each.
+        basis: size s of a basis of the inputs that all deltas share, 0 for none; not with more than one core.
         iterations: alternations of the closed form.
         num_steps: Adam steps.
         lr: Adam learning rate, for weights scaled to unit mean square.
@@ -39,6 +40,7 @@ class FitSpec:
     parameterization: str = "delta"
     delta_rank: int = 128
     cores: int = 1
+    basis: int = 0
     iterations: int = 5
     num_steps: int = 1000
     lr: float = 1e-3
@@ -83,7 +85,9 @@ def method(name: str) -> Callable[[Method], Method]:
 def _closed_form(weights: Tensor, spec: FitSpec, metric: Metric) -> tuple[Factors, list[float]]:
     if spec.parameterization == "wrapper":
         return fit_wrapper(weights, spec.delta_rank, iterations=spec.iterations, metric=metric)
-    return fit_delta(weights, spec.delta_rank, cores=spec.cores, iterations=spec.iterations, metric=metric)
+    return fit_delta(
+        weights, spec.delta_rank, cores=spec.cores, iterations=spec.iterations, metric=metric, basis=spec.basis
+    )
 
 
 @method("adam")
@@ -172,6 +176,14 @@ def _check(weights: Tensor, spec: FitSpec, gram: Tensor | None, out_gram: Tensor
         raise UserError("compression.cores=0 has no core to wrap: choose compression.parameterization=delta")
     if spec.parameterization == "wrapper" and spec.delta_rank % 2:
         raise UserError(f"a wrapper has an even delta rank (twice compression.rank), not {spec.delta_rank}")
+    if spec.basis and (spec.parameterization == "wrapper" or spec.cores > 1 or spec.method != "closed_form"):
+        raise UserError(
+            "compression.input_basis is for compression.parameterization=delta, method=closed_form and at most one core"
+        )
+    if spec.basis and not spec.delta_rank <= spec.basis < columns:
+        raise UserError(
+            f"a shared input basis of {spec.basis} does not fit delta rank {spec.delta_rank} and {columns} inputs"
+        )
     least = 2 if spec.parameterization == "wrapper" else 1
     if not least <= spec.delta_rank <= min(rows, columns):
         raise UserError(

@@ -22,7 +22,7 @@ class SharedCoreConfig(QuantizationConfigMixin):
         layers: for each experts module, by its name in the Transformers model, and each of its projections
             (`gate_up_proj` or `up_proj`, and `down_proj`): `delta_rank`, the inner size R of the folded delta
             (twice the rank of a wrapper's side), and `cores`, 1, or 0 for plain low rank, or more; then also `groups`,
-            the number of the core of each expert.
+            the number of the core of each expert; and `basis`, where the deltas read a shared basis of that size.
         parameterization: `delta` (core plus a free delta, which runs as it is) or `wrapper` (folded on the fly).
         format_version: of the names and shapes of the tensors.
 
@@ -52,9 +52,12 @@ class SharedCoreConfig(QuantizationConfigMixin):
                 self._check(f"{name}.{projection}", layout)
 
     def _check(self, where: str, layout: Any) -> None:
-        if not isinstance(layout, dict) or set(layout) - {"groups"} != {"delta_rank", "cores"}:
-            raise UserError(f"quantization_config: {where} must have delta_rank and cores, and may have groups")
+        if not isinstance(layout, dict) or set(layout) - {"groups", "basis"} != {"delta_rank", "cores"}:
+            raise UserError(
+                f"quantization_config: {where} must have delta_rank and cores, and may have groups and basis"
+            )
         rank, cores, groups = layout["delta_rank"], layout["cores"], layout.get("groups")
+        basis = layout.get("basis", rank)
         if not isinstance(rank, int) or rank < 1:
             raise UserError(f"quantization_config: {where} has delta_rank {rank!r}; it must be a positive whole number")
         if not isinstance(cores, int) or cores < 0:
@@ -66,8 +69,14 @@ class SharedCoreConfig(QuantizationConfigMixin):
                 f"quantization_config: {where} has {cores} cores; its groups must give each expert one of 0 to "
                 f"{cores - 1}, and each of them to an expert"
             )
-        if self.parameterization == "wrapper" and (rank % 2 or not cores):
-            raise UserError(f"quantization_config: {where} is a wrapper, which needs a core and an even delta_rank")
+        if not isinstance(basis, int) or basis < rank:
+            raise UserError(
+                f"quantization_config: {where} has a basis of {basis!r}; it must be a whole number, at least delta_rank"
+            )
+        if self.parameterization == "wrapper" and (rank % 2 or not cores or "basis" in layout):
+            raise UserError(
+                f"quantization_config: {where} is a wrapper, which needs a core, an even delta_rank and no basis"
+            )
 
     @classmethod
     def from_dict(  # type: ignore[override]

@@ -52,6 +52,8 @@ def count_parameters(model: nn.Module) -> ParameterCount:
             expert += size
             expert_bytes += size * parameter.element_size()
             units = parameter.shape[0]
+            if compressed and leaf.endswith("_basis"):
+                continue  # every token meets it
             if compressed and leaf in module.projections:
                 units = module.factors(leaf).cores  # type: ignore[operator,union-attr]
             unused = size - size // units * min(top_k, units) if units else 0

@@ -6,6 +6,7 @@ For token n routed to experts e with weights g_e, and W_e = C + A_e B_e on both 
     h_e = gate(z_e)
     y   = C' (sum_e g_e h_e) + sum_e A'_e (B'_e (g_e h_e))   C' once per token, after the weighted sum
 
+With a shared basis B the deltas read B x, once per token, instead of x: B_e = M_e B.
 With several cores, each belongs to a group of experts: the same once per token and core (see `cores`).
 """
 
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_compress.errors import UserError
-from moe_compress.factorization.factors import Factors, WrapperFactors
+from moe_compress.factorization.factors import DeltaFactors, Factors, WrapperFactors
 from moe_compress.modeling.cores import collect_products, spread_products
 from moe_compress.modeling.expert_mm import by_row, expert_mm, out_side
 from moe_compress.modeling.find import describe_experts, up_projection
@@ -51,7 +52,8 @@ class SharedCoreExperts(nn.Module):
 
     Parameters, for each projection P (`gate_up_proj` or `up_proj`, and `down_proj`):
         P: the core [out, in], or G cores one below the other, or the empty [0, in].
-        P_delta_in [E, in, R] and P_delta_out [E, R, out], or for the wrapper
+        P_delta_in [E, in, R] and P_delta_out [E, R, out]; with a shared basis P_basis [s, in], P_delta_in [E, s, R].
+        Or for the wrapper
         P_u_out, P_v_out [E, out, r] and P_u_in, P_v_in [E, in, r].
         P_bias: [E, out], where the original has biases.
     """
@@ -113,6 +115,8 @@ class SharedCoreExperts(nn.Module):
             found[projection] = {"delta_rank": factors.delta_rank, "cores": factors.cores}
             if projection in self.core_groups:
                 found[projection]["groups"] = self.core_groups[projection]
+            if factors.basis_size:
+                found[projection]["basis"] = factors.basis_size
         return found
 
     def factors(self, projection: str) -> Factors:
@@ -200,15 +204,15 @@ class SharedCoreExperts(nn.Module):
         # A token without any expert may hold anything, even NaN; it must not reach the core, nor its gradient.
         tokens = hidden_states.to(dtype).masked_fill(routing.padded.all(dim=1, keepdim=True), 0.0)
 
-        def up_values(tokens: Tensor) -> Tensor:
-            return expert_mm(routing.spread(tokens), up.delta_in.mT, routing)
+        def up_values(seen: Tensor) -> Tensor:
+            return expert_mm(routing.spread(seen), up.delta_in.mT, routing)
 
         def gated(inner: Tensor) -> tuple[Tensor, Tensor | None]:
             rows = self._gate(inner)
-            values = expert_mm(rows, down.delta_in.mT, routing)
+            values = expert_mm(_seen(rows, down), down.delta_in.mT, routing)
             return values, None if down.core is None else collect_products(rows, down, routing)
 
-        inner = out_side(recomputed(up_values, tokens), up.delta_out.mT, routing)
+        inner = out_side(recomputed(up_values, _seen(tokens, up)), up.delta_out.mT, routing)
         if up.core is not None:
             inner = _sum(inner, spread_products(tokens, up, routing))
         bias = self.bias(up_name)
@@ -233,10 +237,17 @@ class SharedCoreExperts(nn.Module):
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
-        layout = ", ".join(
-            f"{name}: rank {value['delta_rank']}, {value['cores']} core(s)" for name, value in self.layout.items()
-        )
+        parts = []
+        for name, own in self.layout.items():
+            basis = f", basis {own['basis']}" if "basis" in own else ""
+            parts.append(f"{name}: rank {own['delta_rank']}, {own['cores']} core(s){basis}")
+        layout = ", ".join(parts)
         return f"{self.original_class.__name__}, {self.num_experts} experts, {self.parameterization}, {layout}"
+
+
+def _seen(rows: Tensor, factors: DeltaFactors) -> Tensor:
+    """What the deltas read of rows [n, in]: themselves, or [n, s] in a shared basis."""
+    return rows if factors.basis is None else F.linear(rows, factors.basis)
 
 
 def _sum(first: Tensor, second: Tensor) -> Tensor:

