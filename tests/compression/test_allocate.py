@@ -20,7 +20,7 @@ from moe_compress.compression.source import open_model
 from moe_compress.config import Config
 from moe_compress.errors import UserError
 from moe_compress.factorization import Choice, Form
-from moe_compress.modeling import find_experts
+from moe_compress.modeling import find_experts, find_shared_cores, load_model
 from moe_compress.run import Run
 
 Settings = Callable[..., Config]
@@ -197,3 +197,35 @@ def test_matrices_that_are_many_are_not_kept(
     assert passes == [(0,), (1,)] * 2
     left, right = ((tmp_path / name / "compression.json").read_bytes() for name in ("kept", "again"))
     assert left == right
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "greedy"])
+def test_a_basis_is_chosen_where_the_experts_share_one(
+    allocation: str, make_model: Callable[..., Any], settings: Settings, tmp_path: Path
+) -> None:
+    """In the first layer all experts read the same ten directions; in the second they read everything."""
+    model = make_model("olmoe")
+    first, second = (found.module for found in find_experts(model))
+    with torch.no_grad():
+        directions = torch.randn(10, 32)
+        first.gate_up_proj.copy_(0.3 * torch.randn(8, 32, 10) @ directions)
+        second.gate_up_proj.normal_()
+    model.save_pretrained(tmp_path / "model")
+    changes = {"cores": 0, "alignment": "none", "rank_multiple": 1, "target_ratio": 0.6}
+    config = settings(tmp_path / "model", allocation=allocation, input_basis="auto", **changes)
+    run = Run.create(tmp_path / "run", config)
+    compress(run)
+    facts = json.loads((run.path / "compression.json").read_text())
+    bases = [[p["basis"] for p in layer["projections"].values()] for layer in facts["layers"].values()]
+    assert bases[0][0] in (11, 16) and bases[0][1] == bases[1][1] == 0
+    assert facts["totals"]["ratio"] <= 0.6
+    stored = json.loads((run.checkpoint(0) / "config.json").read_text())["quantization_config"]["layers"]
+    assert [layer["gate_up_proj"].get("basis", 0) for layer in stored.values()] == [each[0] for each in bases]
+    loaded = load_model(run.checkpoint(0))
+    weight = find_shared_cores(loaded)["model.layers.0.mlp.experts"].materialize("gate_up_proj")
+    error = float((weight - first.gate_up_proj).square().sum() / first.gate_up_proj.square().sum())
+    found = facts["layers"]["model.layers.0.mlp.experts"]["projections"]["gate_up_proj"]["relative_error"]
+    assert error == pytest.approx(found, rel=1e-3, abs=1e-6) and error < 0.1
+    fixed = settings(tmp_path / "model", input_basis=0.5, **changes)
+    plan = make_plan(open_model(fixed.model), fixed)
+    assert {p.form.basis for layer in plan.layers for p in layer.projections} == {0, 16} and not plan.provisional

@@ -120,7 +120,7 @@ def test_auto_takes_what_fits(planted: Path, settings: Settings, tmp_path: Path,
     experts = sum(tensor.nbytes for name, tensor in tensors_of(run.checkpoint(0)).items() if ".experts." in name)
     assert facts["totals"]["expert_bytes_after"] == experts
     # What rounding leaves of one projection's share is spent on another.
-    step = projection_bytes((16, 32, 16), 1, Form(0), 4) / (2 * experts / facts["totals"]["ratio"])
+    step = projection_bytes((16, 32, 16), 1, Form(0), 4) * facts["totals"]["ratio"] / experts
     assert 0.5 - step < facts["totals"]["ratio"] <= 0.5 and plan.ratio <= 0.5
     assert load_model(run.checkpoint(0))(tokens).logits.isfinite().all()
 

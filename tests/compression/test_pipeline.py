@@ -453,7 +453,7 @@ SPEC = FitSpec(delta_rank=2, iterations=2)
 
 def test_factors_that_overflow_are_told() -> None:
     weights = {"up_proj": 1e6 * torch.randn(4, 6, 8), "down_proj": torch.randn(4, 8, 6)}
-    settings = LayerSettings(dict.fromkeys(weights, (SPEC,)), dict.fromkeys(weights, torch.float16))
+    settings = LayerSettings(dict.fromkeys(weights, SPEC), dict.fromkeys(weights, torch.float16))
     with pytest.raises(UserError, match=r"layer.up_proj overflow or hold NaN in float16"):
         fit_layer(LayerInput("layer", weights, {}, False), settings)
 
@@ -463,7 +463,7 @@ def test_fit_layer_leaves_its_input_alone(make_model: Callable[..., Any]) -> Non
     found = find_experts(make_model("gpt_oss"))[0]
     parameters = dict(found.module.named_parameters())
     before = {name: tensor.clone() for name, tensor in parameters.items()}
-    layer_settings = LayerSettings(dict.fromkeys(found.projections, (SPEC,)), dict.fromkeys(parameters, torch.float32))
+    layer_settings = LayerSettings(dict.fromkeys(found.projections, SPEC), dict.fromkeys(parameters, torch.float32))
     result = fit_layer(layer_input(found, parameters), layer_settings)
     assert all(torch.equal(before[name], tensor) for name, tensor in parameters.items())
     assert set(result.tensors()) >= {f"{found.name}.{name}" for name in parameters}

@@ -63,7 +63,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     "granitemoe": {"intermediate_size": INTERMEDIATE, "num_local_experts": EXPERTS},
 }
-VARIANTS = ("delta", "no_core", "wrapper")  # and "grouped", with two cores, where a test asks for it
+VARIANTS = ("delta", "no_core", "basis", "wrapper")  # and "grouped", with two cores, where a test asks for it
 
 
 def _tiny_model(architecture: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
@@ -86,9 +86,13 @@ def _random_factors(shape: tuple[int, int, int], variant: str, rank: int = 8, se
     if variant == "wrapper":
         sides = [normal(experts, size, rank // 2) for size in (out_features, out_features, in_features, in_features)]
         return WrapperFactors(normal(out_features, in_features), *sides)
-    cores = {"delta": 1, "no_core": 0, "grouped": 2}[variant]
+    cores = {"delta": 1, "no_core": 0, "grouped": 2, "basis": 0}[variant]
     core = normal(cores * out_features, in_features) if cores else None
     groups = torch.arange(experts) % 2 if variant == "grouped" else None
+    if variant == "basis":
+        size = max(rank, in_features // 2)
+        deltas = normal(experts, out_features, rank), 3 * normal(experts, rank, size)
+        return DeltaFactors(core, *deltas, basis=normal(size, in_features))
     return DeltaFactors(core, normal(experts, out_features, rank), normal(experts, rank, in_features), groups)
 
 

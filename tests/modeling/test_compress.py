@@ -74,8 +74,11 @@ def test_factor_tensors_are_contiguous_and_complete(random_factors: Callable[...
     if variant == "wrapper":
         assert shapes == {"": (8, 6), "_u_out": (3, 8, 2), "_v_out": (3, 8, 2), "_u_in": (3, 6, 2), "_v_in": (3, 6, 2)}
     else:
-        core = (0, 6) if variant == "no_core" else (8, 6)
-        assert shapes == {"": core, "_delta_out": (3, 4, 8), "_delta_in": (3, 6, 4)}
+        core = (8, 6) if variant == "delta" else (0, 6)
+        expected = {"": core, "_delta_out": (3, 4, 8), "_delta_in": (3, 6, 4)}
+        if variant == "basis":
+            expected |= {"_delta_in": (3, 4, 4), "_basis": (4, 6)}
+        assert shapes == expected
 
 
 def test_folding_an_original_model_is_refused(tiny_model: Callable[..., Any]) -> None:

@@ -83,12 +83,13 @@ def test_every_other_tensor_is_the_original_s(saved: Path, tiny_model: Callable[
 def test_stored_tensors_have_the_documented_names(saved: Path, architecture: str, variant: str) -> None:
     stored = {name.partition(".experts.")[2]: tensor for name, tensor in tensors(saved).items() if ".experts." in name}
     suffixes = ("u_out", "v_out", "u_in", "v_in") if variant == "wrapper" else ("delta_out", "delta_in")
+    suffixes += ("basis",) if variant == "basis" else ()
     expected = {f"{p}{s}" for p in ("gate_up_proj", "down_proj") for s in ("", *(f"_{suffix}" for suffix in suffixes))}
     if architecture == "gpt_oss":
         expected |= {"gate_up_proj_bias", "down_proj_bias"}
     assert set(stored) == expected
-    assert stored["gate_up_proj"].shape == ((0 if variant == "no_core" else 32), 32)
-    assert stored["down_proj"].shape == ((0 if variant == "no_core" else 32), 16)
+    assert stored["gate_up_proj"].shape == ((0 if variant in ("no_core", "basis") else 32), 32)
+    assert stored["down_proj"].shape == ((0 if variant in ("no_core", "basis") else 32), 16)
 
 
 def test_saves_the_same_again(saved: Path, tmp_path: Path) -> None:

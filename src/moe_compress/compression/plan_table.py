@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_compress.compression.planning import LayerPlan, Plan
+from moe_compress.factorization import Form
 
 _PADDING = (0, 1, 0, 0)  # so that a row fits a terminal of 80 columns
 
@@ -91,8 +92,7 @@ def _layer_table(plan: Plan) -> Table:
     )
     for title in ("layers", "top-k", "projection"):
         table.add_column(title, no_wrap=True)
-    with_basis = any(projection.form.basis for layer in plan.layers for projection in layer.projections)
-    for title in ("out x in", "cores", *(("basis",) if with_basis else ()), "rank R", "before", "after", "kept"):
+    for title in ("out x in", "shared", "rank R", "before", "after", "kept"):
         table.add_column(title, justify="right", no_wrap=True)
 
     def kind(item: tuple[int, LayerPlan]) -> tuple[object, ...]:
@@ -108,14 +108,18 @@ def _layer_table(plan: Plan) -> Table:
                 f"{layers[0].top_k} of {projection.experts}" if first else "",
                 projection.name,
                 f"{projection.rows} x {projection.columns}",
-                str(projection.form.cores),
-                *((str(projection.form.basis or ""),) if with_basis else ()),
+                _shared(projection.form),
                 str(projection.delta_rank),
                 _bytes(projection.bytes_before * len(layers)),
                 _bytes(projection.bytes_after * len(layers)),
                 f"{projection.bytes_after / projection.bytes_before:.1%}",
             )
     return table
+
+
+def _shared(form: Form) -> str:
+    cores = {0: [], 1: ["core"]}.get(form.cores, [f"{form.cores} cores"])
+    return ", ".join([*cores, *([f"basis {form.basis}"] if form.basis else [])]) or "-"
 
 
 def _names(plan: Plan) -> str:

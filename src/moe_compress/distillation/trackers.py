@@ -1,6 +1,6 @@
 """wandb, tensorboard and trackio around a training: one run in each, whatever stages, resumes and other runs there are.
 
-The Trainer's own callbacks send the numbers. What they leave to the environment is set here, for the time of a training:
+The Trainer's own callbacks send the numbers. What they leave to the environment is set here, while a training runs:
 where files go, and a name and id that belong to the run directory, so that a training that goes on does so in the same
 run of the tracker.
 """
