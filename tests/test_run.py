@@ -54,7 +54,7 @@ def test_a_frozen_setting_is_refused_with_both_values(path: Path) -> None:
     message = refusal("teacher-logits", path, "compression.rank=16")
     assert "compression.rank is frozen at 8" in message and "given as 16" in message and "config.yaml" in message
     message = refusal("compress", path, "compression=svd", "seed=1")
-    assert "seed is frozen at 42" in message and "compression.cores" in message
+    assert "seed is frozen at 42" in message and "compression.input_basis" in message
     assert "model.name is frozen at reference" in refusal("compress", path, "model=/other")
     assert "model.name is frozen at reference" in refusal("compress", path, "model=mixtral_8x7b")
 
@@ -339,7 +339,7 @@ def test_create_freezes_a_nested_run(path: Path) -> None:
         settings.compose(["compression=svd"])
     )
     Run.create(path / "baseline_svd", settings.compose(["compression=svd", "gpu_ids=[1]"]))
-    with pytest.raises(UserError, match="compression.cores is frozen at 0 .* given as 1"):
+    with pytest.raises(UserError, match="compression.input_basis is frozen at 0.0 .* given as auto"):
         Run.create(path / "baseline_svd", settings.compose([]))
     with pytest.raises(UserError, match="is not a run directory"):
         Run.open(path)

@@ -18,16 +18,13 @@ from benchmarks.quality.table import markdown, plot
 from moe_compress.errors import UserError
 from moe_compress.files import write_atomically
 
-# The product with its default settings, without a core (the baseline of its own evidence), and by Fisher information.
-_NO_CORE = ["compression.cores=0", "compression.alignment=none"]
-_FISHER = ["compression.calibration.fisher=true", "compression.allocation=greedy"]
+# The product with its default settings; without the shared basis; with a core in its place; and its plain SVD preset.
 OURS = {
     "ours": [],
-    "ours-svd": _NO_CORE,
-    "ours-fisher": _FISHER,
-    "ours-fisher-svd": [*_NO_CORE, *_FISHER],
-    "ours-basis": [*_NO_CORE, *_FISHER, "compression.input_basis=auto"],
-    "ours-auto": [*_FISHER, "compression.cores=auto", "compression.input_basis=auto"],
+    "ours-no-basis": ["compression.input_basis=0"],
+    "ours-core": ["compression=core"],
+    "ours-auto": ["compression.cores=auto"],
+    "ours-svd": ["compression=svd"],
 }
 
 

@@ -157,10 +157,11 @@ def check_values(config: Config) -> None:
         key = "compression.calibration.fisher=true"
         if not calibration.enabled or calibration.sequential:
             raise UserError(
-                f"{key} needs compression.calibration.enabled=true and compression.calibration.sequential=false"
+                f"{key} needs compression.calibration.enabled=true and compression.calibration.sequential=false; set "
+                "fisher=false, or choose compression=weights_only for a fit without text"
             )
         if compression.parameterization == "wrapper":
-            raise UserError(f"{key} is not for wrappers; set compression.parameterization=delta")
+            raise UserError(f"{key} is not for wrappers; choose compression=wrapper, which sets what they need")
     if generation.worker_id >= generation.total_workers:
         raise UserError(
             f"distillation.teacher.generation.worker_id={generation.worker_id} must be below "

@@ -65,16 +65,16 @@ class CalibrationConfig:
         False, "Later layers see the outputs of the layers already compressed; fits one layer after another."
     )
     fisher: bool = setting(
-        False,
+        True,
         "Also weigh outputs by the Fisher information, so that errors count by what they do to predictions; takes a "
-        "backward pass with the whole model in memory, and compression.parameterization=delta.",
+        "backward pass over the text, and compression.parameterization=delta.",
     )
     dataset: DatasetConfig = setting(lambda: DatasetConfig(max_samples=64), "Text to calibrate on.")
 
 
 @dataclass
 class CompressionConfig:
-    """How experts become a shared core plus low-rank wrappers."""
+    """How experts become low-rank factors and what they share: a basis of the inputs, cores, or both."""
 
     method: str = setting(
         "closed_form",
@@ -91,21 +91,21 @@ class CompressionConfig:
         "delta", "What is stored and trained: delta (core + A B) or wrapper ((I+UV')C(I+UV')).", ("delta", "wrapper")
     )
     cores: int | str = setting(
-        1,
-        "Cores per layer and projection: 1 shared core, 0 none (plain low-rank per expert), more for groups of experts "
+        0,
+        "Cores per layer and projection: 0 none (low-rank experts), 1 shared core, more for groups of experts "
         "with a core each; auto takes for each projection which of 0, 1 (and, from 16 experts on, 2, 4) fits best at "
         "the same bytes.",
     )
     input_basis: float | str = setting(
-        0.0,
+        "auto",
         "Size of a basis of the inputs of the up projection that all its deltas share, as a share of the inputs; 0 for "
         "none, auto takes for each layer which of 0, 1/3 and 1/2 fits best at the same bytes.",
     )
     allocation: str = setting(
-        "uniform",
-        "Ranks from a budget: uniform (the same share of the bytes for every projection) or greedy (where they lower "
-        "the error most: that of the outputs, or with calibration.fisher of the predictions; that of the weights where "
-        "there is no calibration or a sequential one).",
+        "greedy",
+        "Ranks from a budget: greedy (where they lower the error most: with calibration.fisher that of the "
+        "predictions, else that of the outputs, or of the weights where there is no calibration or a sequential one) "
+        "or uniform (the same share of the bytes for every projection).",
         ("uniform", "greedy"),
     )
     alignment: str = setting(

@@ -35,7 +35,7 @@ def run_all(run: Run) -> None:
 
 
 def baseline_config(run: Run) -> Config:
-    """The settings of the baseline: those of the run, but no core, and the run's expert bytes as its budget."""
+    """The settings of the baseline: `compression=svd` on the calibration of the run, at the run's expert bytes."""
     totals = json.loads((run.path / "compression.json").read_text(encoding="utf-8"))["totals"]
     config = copy.deepcopy(run.config)
     config.run = None
@@ -43,6 +43,8 @@ def baseline_config(run: Run) -> Config:
     config.compression.cores = 0
     config.compression.input_basis = 0.0
     config.compression.alignment = "none"
+    config.compression.allocation = "uniform"
+    config.compression.calibration.fisher = False
     config.compression.method = "closed_form"
     config.compression.parameterization = "delta"
     config.compression.target_bytes = totals["expert_bytes_after"]

@@ -117,13 +117,17 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def settings(text_file: Path, tmp_path: Path) -> Callable[..., Config]:
-    """Settings for a tiny model; keyword arguments are fields of the compression group, `calibrate` switches it on."""
+    """Settings for a tiny model: one core, the same share for all; `calibrate` switches calibration on (without Fisher
+    information), keyword arguments are fields of the compression group."""
 
     def make(model: Path | str, *, calibrate: bool = False, **compression: Any) -> Config:
         config = Config()
         config.model.name = str(model)
         config.compression.rank = 2
         config.compression.iterations = 2
+        config.compression.cores, config.compression.input_basis = 1, 0.0
+        config.compression.allocation = "uniform"
+        config.compression.calibration.fisher = False
         config.compression.device = "cpu"
         config.compression.calibration.enabled = calibrate
         config.compression.calibration.batch_size = 3

@@ -122,7 +122,7 @@ def test_speed_is_measured_side_by_side(make_run, monkeypatch):
     speed = json.loads((run.evals_dir / "speed.json").read_text())
     assert speed["svd_values"] == "random" and speed["machine"]["threads"] >= 1
     variants = {(row["tokens"], row["variant"]) for row in speed["layer"]["rows"]}
-    assert {(tokens, name) for tokens in (1, 16, 512) for name in ("shared core", "per-expert SVD")} < variants
+    assert {(tokens, name) for tokens in (1, 16, 512) for name in ("moe-compress", "per-expert SVD")} < variants
     assert (1, "original, batched_mm") in variants and (512, "original, batched_mm") not in variants
     measure_speed(run, measured | {("svd", 4): run.checkpoint(0)})
     assert json.loads((run.evals_dir / "speed.json").read_text())["svd_values"] == "baseline"

@@ -185,7 +185,7 @@ def bench_tiny_layers(count):
         num_experts=4, num_experts_per_tok=2,
     )  # fmt: skip
     config = Config()
-    config.compression.rank, config.compression.target_ratio = 4, None
+    config.compression.rank, config.compression.target_ratio, config.compression.cores = 4, None, 1
     (layer,) = bench_layers(model_config, None, config, torch.float32, CPU, tokens=(2,), seconds=0)
     return layer
 
@@ -262,7 +262,7 @@ def test_bench_prints_writes_and_returns_tables(config, student_dir, tmp_path, c
         config.distillation.teacher.model_path, config.model.name = config.model.name, str(student_dir)
     found = bench(config, tmp_path / "speed")
     assert json.loads((tmp_path / "speed/speed.json").read_text()) == json.loads(json.dumps(found))
-    assert "| shared core |" in (tmp_path / "speed/speed.md").read_text()
+    assert "| moe-compress |" in (tmp_path / "speed/speed.md").read_text()
     assert found["layers"][0]["layouts"][CORE]["down_proj"]["delta_rank"] == 8
     printed = capsys.readouterr().out
     assert "per-expert SVD" in printed and "Whole model" in printed and f"{torch.get_num_threads()} thread" in printed

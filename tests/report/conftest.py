@@ -99,9 +99,9 @@ def speed() -> dict[str, Any]:
     rows = [
         row("original, eager", 1, 4.0, 0.5),
         row("original, grouped_mm", 1, 2.0, 1.0),
-        row("shared core", 1, 1.0, 2.0),
+        row("moe-compress", 1, 1.0, 2.0),
     ]
-    rows += [row("original, grouped_mm", 512, 20.0, 1.0), row("shared core", 512, 25.0, 0.8)]
+    rows += [row("original, grouped_mm", 512, 20.0, 1.0), row("moe-compress", 512, 25.0, 0.8)]
     return {
         "machine": {"cpu": "Test CPU", "threads": 2, "gpus": [], "versions": {"torch": "2.13.0"}},
         "device": "cpu",
@@ -111,7 +111,7 @@ def speed() -> dict[str, Any]:
         "model": {
             "prefill_tokens": 512,
             "decode_tokens": 32,
-            "rows": [model_row("original, grouped_mm", 100.0), model_row("shared core", 150.0)],
+            "rows": [model_row("original, grouped_mm", 100.0), model_row("moe-compress", 150.0)],
         },
     }
 

@@ -82,7 +82,7 @@ def test_the_page_has_every_part(page):
     assert page.tags.count("svg") == 8  # perplexity, two of errors, three of training, speed, routing
     assert page.open == []  # every element is closed
     for text in (
-        "shared core, distilled",
+        "moe-compress, distilled",
         "per-expert SVD, zero-shot",
         "Test CPU",
         "ConnectionError: no network",
@@ -112,11 +112,11 @@ def test_markdown_and_json_hold_the_same_figures(make_run):
     run = make_run()
     write_report(run)
     markdown = (run.path / "report.md").read_text(encoding="utf-8")
-    assert "| **shared core, distilled** | **4.48 ± 0.05** |" in markdown
+    assert "| **moe-compress, distilled** | **4.48 ± 0.05** |" in markdown
     assert "    def <b>teacher</b>(self):" in markdown
     data = read_json(run)
     assert data["tables"]["Held-out text and tasks"]["rows"][2][1] == "4.48 ± 0.05"
-    assert data["shared_core_against_svd"]["distilled"]["winner"] == "shared core"
+    assert data["shared_core_against_svd"]["distilled"]["winner"] == "moe-compress"
     assert data["shared_core_against_svd"]["distilled"]["difference"] == pytest.approx(0.1)
     assert {(entry["model"], entry["step"]) for entry in data["results"]} == {
         ("teacher", 0), ("student", 0), ("student", 20), ("student", 50), ("svd", 0), ("svd", 50),
@@ -165,13 +165,13 @@ def findings(run) -> str:
 def test_if_svd_wins_the_report_says_so(make_run):
     text = findings(make_run(core=1.60, svd=1.50))
     assert "After the same distillation, at equal bytes" in text
-    assert "plain per-expert SVD beats the shared core: perplexity 4.95 ± 0.05 against 4.48 ± 0.05 (SVD)" in text
-    assert "the shared core beats" not in text.replace("SVD beats the shared core", "")
+    assert "plain per-expert SVD beats moe-compress: perplexity 4.95 ± 0.05 against 4.48 ± 0.05 (SVD)" in text
+    assert "moe-compress beats" not in text.replace("SVD beats moe-compress", "")
 
 
 def test_if_the_core_wins_the_report_says_so(make_run):
     text = findings(make_run(core=1.50, svd=1.60))
-    assert "After the same distillation, at equal bytes (4.70 MB and 4.70 MB of experts), the shared core beats" in text
+    assert "After the same distillation, at equal bytes (4.70 MB and 4.70 MB of experts), moe-compress beats" in text
     # zero-shot, SVD is better in these figures
     assert (
         "Right after compression, at equal bytes (4.70 MB and 4.70 MB of experts), plain per-expert SVD beats" in text
@@ -184,7 +184,7 @@ def test_a_difference_within_the_noise_is_a_draw(make_run):
     core = record(config, "student", 50, 1.5, sequence_losses=[1.5] * 6)
     assert compare(core, record(config, "svd", 50, sum(noisy) / 6, sequence_losses=noisy)).winner == "draw"
     paired = record(config, "svd", 50, 1.501, sequence_losses=[1.5009, 1.5011, 1.501, 1.501, 1.501, 1.501])
-    assert compare(core, paired).winner == "shared core"
+    assert compare(core, paired).winner == "moe-compress"
     assert compare(core, paired).stderr == pytest.approx(2.582e-5, rel=1e-3)
 
 

@@ -189,15 +189,10 @@ def _layer_curves(
     grams = None if calibration is None else calibration.load(index)
     given = layer_input(layer.experts, source.map.load(source.checkpoint, layer), grams)
     work = LayerWork(given, LayerSettings({}, {}, shrinkage=settings.calibration.shrinkage, device=device))
-    if settings.alignment == "weights":
+    forms = {name: forms_of(name, layer.experts.projections[name], settings) for name in given.weights}
+    if settings.alignment == "weights" and any(form.cores for tried in forms.values() for form in tried):
         work.align()
-    return {
-        projection: {
-            form: work.curve(projection, form).tolist()
-            for form in forms_of(projection, layer.experts.projections[projection], settings)
-        }
-        for projection in given.weights
-    }
+    return {name: {form: work.curve(name, form).tolist() for form in tried} for name, tried in forms.items()}
 
 
 def never_compressed(index: int) -> Parameters:

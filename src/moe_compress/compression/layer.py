@@ -124,7 +124,7 @@ def fit_layer(
         UserError: the factors cannot be held by the type that they are to be stored in.
     """
     work = LayerWork(layer, settings)
-    align = settings.alignment == "weights"
+    align = settings.alignment == "weights" and any(spec.cores for spec in settings.specs.values())
     if align:
         work.align()
     groups = {projection: work.groups(projection, spec) for projection, spec in settings.specs.items()}

@@ -24,7 +24,7 @@ from moe_compress.modeling.experts import SharedCoreExperts, find_shared_cores
 from moe_compress.modeling.find import describe_experts
 from moe_compress.modeling.tensors import Layout, factor_tensors, form_of
 
-CORE, SVD = "shared core", "per-expert SVD"
+CORE, SVD = "moe-compress", "per-expert SVD"
 TOKENS = (1, 16, 512)
 # `batched_mm` copies the weights of every chosen expert, which is meant for few tokens.
 _BATCHED_TOKENS = 16

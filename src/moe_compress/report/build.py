@@ -119,7 +119,7 @@ def quality(data: RunData) -> Section:
         section.details.append(every_metric)
     students, baseline = data.measured("student"), data.measured("svd")
     if len(students) > 1:
-        series = {"shared core": points(students, "perplexity")}
+        series = {"moe-compress": points(students, "perplexity")}
         if len(baseline) > 1:
             series["per-expert SVD"] = points(baseline, "perplexity")
         teacher = data.teacher()
@@ -135,8 +135,8 @@ def quality_rows(data: RunData) -> list[tuple[str, Record]]:
     """The rows of the quality table that were measured, by their names."""
     candidates = [
         ("original", data.teacher()),
-        ("shared core, zero-shot", data.zero_shot()),
-        ("shared core, distilled", data.distilled()),
+        ("moe-compress, zero-shot", data.zero_shot()),
+        ("moe-compress, distilled", data.distilled()),
         ("per-expert SVD, zero-shot", data.zero_shot("svd")),
         ("per-expert SVD, distilled", data.distilled("svd")),
     ]
@@ -146,7 +146,7 @@ def quality_rows(data: RunData) -> list[tuple[str, Record]]:
 def errors(data: RunData) -> Section:
     """Relative error of the factorization, per layer and projection."""
     section = Section("errors", "Error of the factorization")
-    for title, compression in (("shared core", data.compression), ("per-expert SVD", data.baseline_compression)):
+    for title, compression in (("moe-compress", data.compression), ("per-expert SVD", data.baseline_compression)):
         if compression is None:
             continue
         layers = list(compression["layers"].values())
@@ -180,7 +180,7 @@ def errors(data: RunData) -> Section:
 def training(data: RunData) -> Section:
     """The parts of the loss over the steps of the distillation, of the run and of its baseline."""
     section = Section("training", "Distillation")
-    logs = {"shared core": data.training, "per-expert SVD": data.baseline_training}
+    logs = {"moe-compress": data.training, "per-expert SVD": data.baseline_training}
     labels = {"loss": "loss that is trained on", "ce": "cross-entropy", "kl": "KL to the teacher"}
     for key, label in labels.items():
         series = {name: points(lines, key) for name, lines in logs.items()}
@@ -267,6 +267,8 @@ def _method(compression: dict[str, Any]) -> str:
     how = f"{' or '.join(words.get(number, f'{number} cores') for number in cores)} and a low-rank delta per expert"
     if cores == [0]:
         how = "low-rank factors per expert"
+    if any(facts.get("basis") for layer in layers.values() for facts in layer["projections"].values()):
+        how += " on a basis of the inputs that all experts share"
     fitted = ", weighed by calibration data," if compression.get("calibrated") else " on the weights alone,"
     names = " and ".join(projections)
     return (

@@ -201,7 +201,7 @@ def _speed(named: Sequence[Named]) -> Section:
     rows = []
     for name, data in named:
         layer = ((data.speed or {}).get("layer") or {}).get("rows", [])
-        own = {row["tokens"]: row for row in layer if row["variant"] == "shared core"}
+        own = {row["tokens"]: row for row in layer if row["variant"] == "moe-compress"}
         tokens = list(dict.fromkeys([*tokens, *own]))
         rows.append((name, own))
     if tokens:
@@ -210,7 +210,7 @@ def _speed(named: Sequence[Named]) -> Section:
         ]
         columns = ["", *(f"{one:,} token{'s' if one > 1 else ''}" for one in tokens)]
         note = (
-            "Shared core, one MoE layer, against the fastest original in the same run; runs may be of other machines."
+            "moe-compress, one MoE layer, against the fastest original in the same run; runs may be of other machines."
         )
         section.tables.append(Table("Speed of one MoE layer", columns, cells, note))
     return section

@@ -56,7 +56,7 @@ def quality_table(rows: list[tuple[str, Record]]) -> Table:
         )
     first = rows[0][1]
     note = f"{first['tokens']:,} held-out tokens in {first['sequences']} sequences; ± is the standard error."
-    emphasis = [index for index, (name, _) in enumerate(rows) if name == "shared core, distilled"]
+    emphasis = [index for index, (name, _) in enumerate(rows) if name == "moe-compress, distilled"]
     return Table("Held-out text and tasks", columns, cells, note, emphasis)
 
 
@@ -142,7 +142,7 @@ def layer_table(layer: dict[str, Any], speed: dict[str, Any]) -> Table:
     if any(row["variant"] == "per-expert SVD" for row in layer["rows"]):
         values = "random factors" if speed.get("svd_values") == "random" else "the factors of the baseline"
         note += f" Per-expert SVD: {values}, at most the same bytes, ranks cut to multiples of 8."
-    emphasis = [index for index, variant in enumerate(variants) if variant == "shared core"]
+    emphasis = [index for index, variant in enumerate(variants) if variant == "moe-compress"]
     return Table("One MoE layer", columns, rows, note, emphasis)
 
 
@@ -171,7 +171,7 @@ def model_table(model: dict[str, Any]) -> Table:
             cells += [_spread(row, kind), f"{row[f'{kind}_speedup']:.2f}x"] if has else [MISSING, MISSING]
         cells += [size(row.get("weight_bytes")), size(row.get("peak_bytes"))] if with_memory else []
         rows.append(cells)
-    emphasis = [index for index, row in enumerate(model["rows"]) if row["variant"] == "shared core"]
+    emphasis = [index for index, row in enumerate(model["rows"]) if row["variant"] == "moe-compress"]
     note = "Tokens per second, one sequence at a time; median (quartiles), interleaved."
     if with_memory:
         note += " Peak: the most that reading the prompt allocates beyond the weights."

@@ -10,7 +10,7 @@ from moe_compress.evaluation.results import Record
 from moe_compress.report.collect import RunData
 from moe_compress.report.tables import number, percent, significant, size, with_error
 
-Winner = Literal["shared core", "per-expert SVD", "draw"]
+Winner = Literal["moe-compress", "per-expert SVD", "draw"]
 
 # A difference counts from two standard errors; byte counts are equal when they round to the same per cent.
 _SIGNIFICANT = 2.0
@@ -19,10 +19,10 @@ _EQUAL_BYTES = 0.01
 
 @dataclass(frozen=True)
 class Comparison:
-    """The shared core against per-expert SVD on the same text.
+    """moe-compress against per-expert SVD on the same text.
 
     Attributes:
-        difference: mean loss of SVD minus that of the shared core, in nats per token; above zero the core is better.
+        difference: mean loss of SVD minus that of moe-compress, in nats per token; above zero moe-compress is better.
         stderr: standard error of the difference, paired over sequences; None if it is not known.
         winner: who has the lower loss, or a draw within two standard errors.
     """
@@ -40,7 +40,7 @@ def compare(core: Record, svd: Record) -> Comparison | None:
     difference, stderr = result
     if difference == 0 or (stderr is not None and abs(difference) < _SIGNIFICANT * stderr):
         return Comparison(difference, stderr, "draw")
-    return Comparison(difference, stderr, "shared core" if difference > 0 else "per-expert SVD")
+    return Comparison(difference, stderr, "moe-compress" if difference > 0 else "per-expert SVD")
 
 
 def paired_difference(one: Record, other: Record) -> tuple[float, float | None] | None:
@@ -108,14 +108,14 @@ def _rival(data: RunData, *, distilled: bool) -> str | None:
         gap += f" ± {number(result.stderr, 4)}"
     if result.winner == "draw":
         return (
-            f"{state}, {bytes_}, the shared core and plain per-expert SVD cannot be told apart: perplexity {figures}, "
+            f"{state}, {bytes_}, moe-compress and plain per-expert SVD cannot be told apart: perplexity {figures}, "
             f"{gap}, within two standard errors."
         )
     if result.stderr is None:
         gap += ", uncertainty unknown"
-    if result.winner == "shared core":
-        return f"{state}, {bytes_}, the shared core beats plain per-expert SVD: perplexity {figures}, {gap}."
-    return f"{state}, {bytes_}, plain per-expert SVD beats the shared core: perplexity {figures} (SVD), {gap}."
+    if result.winner == "moe-compress":
+        return f"{state}, {bytes_}, moe-compress beats plain per-expert SVD: perplexity {figures}, {gap}."
+    return f"{state}, {bytes_}, plain per-expert SVD beats moe-compress: perplexity {figures} (SVD), {gap}."
 
 
 def _bytes_phrase(core: Record, svd: Record) -> str:
@@ -133,7 +133,7 @@ def _speed(data: RunData) -> str | None:
     rows: list[dict[str, Any]] = (data.speed or {}).get("layer", {}).get("rows", [])
     parts = []
     for row in rows:
-        if row["variant"] == "shared core" and row.get("speedup") is not None:
+        if row["variant"] == "moe-compress" and row.get("speedup") is not None:
             tokens = f"{row['tokens']:,} token{'s' if row['tokens'] != 1 else ''}"
             parts.append(f"{significant(row['speedup'], 2)}x at {tokens}")
     if not parts:
