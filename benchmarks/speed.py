@@ -1,16 +1,22 @@
 """Speed side by side: MoE layers of known models, and whole models, original against compressed; see docs/SPEED.md.
 
-    python benchmarks/speed.py --output speed                                  # everything; hours on 2 cores
-    python benchmarks/speed.py --shapes olmoe --ratios 0.25 0.125 --tokens 1 16 512 --dtypes bfloat16 --models
+    python benchmarks/speed.py --output speed                             # everything: about 12 minutes on 2 cores
+    python benchmarks/speed.py --parts olmoe --dtypes bfloat16 --tokens 1 16 --output speed     # or in pieces
+    python benchmarks/speed.py --tables speed/speed.json --docs docs/SPEED.md   # the tables again, and into a document
 
-Layers have random weights: the original under each implementation of Transformers, the shared core, and per-expert SVD
-factors of the same bytes, interleaved in one run, with the roofline of this machine beside them. A layer too large for
-the memory is timed with fewer experts, and said to be. `moe-compress bench` does the same for a model of yours.
+Layers have random values. The original under each implementation of Transformers and every form of a compressed layer
+(shared core, per-expert SVD, shared bases) at every share of the bytes are interleaved in one run, with the roofline of
+this machine beside them. A layer too large for the memory is timed with fewer experts, and said to be.
+`moe-compress bench` does the same for a model of yours.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import json
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,130 +24,253 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, OlmoeConfig
 
-from moe_compress.config import Config
-from moe_compress.errors import UserError
-from moe_compress.evaluation.bench import bench_layers, break_even_lines, random_student
+from moe_compress.evaluation.bench import meta_model, time_layer
+from moe_compress.evaluation.layer_forms import FORMS, random_student, same_ratio_layouts
 from moe_compress.evaluation.machine import describe_machine, free_bytes
 from moe_compress.evaluation.model_speed import model_speed
-from moe_compress.evaluation.roofline import measure_rates
-from moe_compress.evaluation.speed import CORE
-from moe_compress.evaluation.speed_tables import Grid, layer_grids, model_grid, write_speed
-from moe_compress.modeling import load_model
+from moe_compress.evaluation.roofline import Rates, measure_rates
+from moe_compress.evaluation.speed_tables import Grid, break_even_lines, layer_grid, model_grid, variant_at, write_speed
+from moe_compress.files import write_atomically
+from moe_compress.modeling import find_experts, load_model
 
-# experts, experts per token, hidden size, intermediate size
+# experts, experts per token, hidden size, intermediate size, layers
 SHAPES = {
-    "reference": (64, 8, 192, 64),
-    "olmoe": (64, 8, 2048, 1024),
-    "qwen3-30b-a3b": (128, 8, 2048, 768),
-    "mixtral-8x7b": (8, 2, 4096, 14336),
-    "deepseek-v3": (256, 8, 7168, 2048),
+    "reference": (64, 8, 192, 64, 4),
+    "olmoe": (64, 8, 2048, 1024, 16),
+    "qwen3-30b-a3b": (128, 8, 2048, 768, 48),
+    "mixtral-8x7b": (8, 2, 4096, 14336, 32),
+    "deepseek-v3": (256, 8, 7168, 2048, 58),
 }
-MODELS = ("reference", "olmoe")
+WORDS = 50304  # of OLMoE
+# Issue 6: what the count of multiply-adds and bytes allows of OLMoE's layer, less a fifth; by share of the bytes.
+BARS = {0.25: 2.3, 0.125: 3.5, 0.0625: 4.6}
+BAR_TOKENS = (1, 16, 512)
+BEGIN, END = "<!-- tables of benchmarks/speed.py -->", "<!-- end of tables -->"
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is timed by one part of the benchmark: every dtype and shape, with all ratios and forms in one run."""
+
+    shapes: tuple[str, ...]
+    dtypes: tuple[str, ...] = ("bfloat16", "float32")
+    ratios: tuple[float, ...] = (0.5, 0.25, 0.125, 0.0625)
+    tokens: tuple[int, ...] = (1, 16, 128, 512, 2048)
+    forms: tuple[str, ...] = tuple(FORMS)
+
+
+PARTS = {
+    "olmoe": Part(("olmoe",)),
+    "shapes": Part(("qwen3-30b-a3b", "mixtral-8x7b", "deepseek-v3"), ("bfloat16",), (0.25, 0.125), (1, 16, 512)),
+    "training": Part(("olmoe",), ratios=(0.25, 0.0625), tokens=(512,)),
+    "models": Part(("olmoe",), ("bfloat16",), (0.25, 0.0625), (512,)),
+}
 
 
 def main() -> None:
-    """Time what the command line selects, print a table for each, and write all of them."""
+    """Time the parts that the command line selects, or only make the tables of earlier runs again."""
     options = _options()
     console = Console()
+    found: dict[str, Any] = {"results": []}
+    if options.tables:
+        found["results"] = [result for file in options.tables for result in json.loads(file.read_text())["results"]]
+    else:
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        for name in options.parts:
+            begin = time.perf_counter()
+            _run(name, _selected(PARTS[name], options), options, found, console)
+            console.print(f"{name}: {(time.perf_counter() - begin) / 60:.1f} minutes\n", highlight=False)
+    grids = all_grids(found["results"])
+    for grid in grids if options.tables else bar_grids(found["results"]):
+        console.print(grid.rich())
+    if options.output:
+        write_speed(options.output, found, grids)
+    if options.docs:
+        into_document(options.docs, grids)
+
+
+def _run(name: str, part: Part, options: argparse.Namespace, found: dict[str, Any], console: Console) -> None:
     device = torch.device(options.device)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    found: dict[str, Any] = {"machine": describe_machine(), "device": str(device), "results": []}
-    grids: list[Grid] = []
-
-    def keep(result: dict[str, Any], new: list[Grid], lines: list[str]) -> None:
-        found["results"].append(result)
-        grids.extend(new)
-        for grid in new:
-            console.print(grid.rich())
-        console.print(*lines, sep="\n", highlight=False)
-        if options.output:  # after each, so that an interrupted run leaves what it has
-            write_speed(options.output, found, grids)
-
-    for name in options.dtypes:
-        dtype = getattr(torch, name)
+    for dtype_name in part.dtypes:
+        dtype = getattr(torch, dtype_name)
+        conditions = {"device": str(device), "dtype": dtype_name, "machine": describe_machine()}
         rates = measure_rates(dtype, device)
-        facts = {**found, "dtype": name, "rates": vars(rates)}
-        for shape in options.shapes:
-            experts, label = fitting_experts(shape, dtype, device)
-            for ratio in options.ratios:
-                config = Config()
-                config.compression.target_ratio = ratio
-                try:
-                    (layer,) = bench_layers(
-                        layer_config(shape, experts), None, config, dtype, device, tokens=options.tokens,
-                        training=options.training, seconds=options.seconds, rates=rates,
-                    )  # fmt: skip
-                except UserError as error:
-                    console.print(f"{label}, {name}, {ratio:.2%} of the bytes: {error}", highlight=False)
-                    continue
-                layer["module"] = label
-                kind = {"shape": shape, "dtype": name, "ratio": ratio, "rates": vars(rates)}
-                keep({**kind, **layer}, layer_grids(layer, facts), break_even_lines(layer))
-        for model in options.models:
-            for ratio in options.ratios:
-                try:
-                    speed = whole_model(model, ratio, dtype, device, options)
-                except UserError as error:
-                    console.print(f"{model}, {name}, {ratio:.2%} of the bytes: {error}", highlight=False)
-                    continue
-                title = f"{model}, {ratio:.2%} of the expert bytes"
-                keep({"model": model, "dtype": name, "ratio": ratio, **speed}, [model_grid(speed, facts, title)], [])
+        conditions["rates"] = vars(rates)
+        for shape in part.shapes:
+            if name == "models":
+                result = whole_models(shape, part, dtype, device, options)
+            else:
+                result = layer(shape, part, dtype, device, rates, training=name == "training", options=options)
+            found["results"].append({"part": name, "shape": shape, **conditions, **result})
+            console.print(_grid(found["results"][-1]).rich())
+            for variant in result.get("layouts", {}):
+                for line in break_even_lines(result, variant):
+                    if "slower" in line:
+                        console.print(f"{variant}, {line}", highlight=False)
+            for line in result.get("unreachable", ()):
+                console.print(line, highlight=False)
+            if options.output:  # after each, so that an interrupted run leaves what it has
+                write_speed(options.output, found, all_grids(found["results"]))
+            gc.collect()
+
+
+def layer(
+    shape: str,
+    part: Part,
+    dtype: torch.dtype,
+    device: torch.device,
+    rates: Rates,
+    *,
+    training: bool,
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """Time one layer of a shape, original and in all forms and shares of the bytes, in one interleaved run."""
+    experts, label = fitting_experts(shape, part, dtype, device, training)
+    (facts,) = find_experts(meta_model(layer_config(shape, experts)))
+    layouts, unreachable = {}, []
+    for ratio in part.ratios:
+        fitting = same_ratio_layouts(facts.projections, ratio)
+        layouts |= {variant_at(form, ratio): fitting[form] for form in part.forms if form in fitting}
+        unreachable += [
+            f"{form}: not at {ratio:.2%} of the bytes of {label}" for form in part.forms if form not in fitting
+        ]
+    timed = time_layer(
+        facts, layouts, dtype, device, top_k=SHAPES[shape][1], tokens=part.tokens, seconds=options.seconds,
+        least_rounds=options.rounds, training=training, rates=rates,
+    )  # fmt: skip
+    return {"module": label, "unreachable": unreachable, **timed}
+
+
+def whole_models(
+    shape: str, part: Part, dtype: torch.dtype, device: torch.device, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Time the reference MoE, or a random model with layers of a shape, of which it has fewer.
+
+    Its vocabulary is cut in proportion to its layers, so that the output head takes the part that it has in the model.
+    """
+    if shape == "reference":
+        original, title = load_model("reference", dtype=dtype, device=device), "the reference MoE"
+    else:
+        experts, *_, layers = SHAPES[shape]
+        vocabulary = WORDS * options.layers // layers
+        config = layer_config(shape, experts, num_hidden_layers=options.layers, vocab_size=vocabulary)
+        torch.manual_seed(0)
+        with torch.device(device):
+            original = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        title = f"{options.layers} of {layers} layers of {shape} with random values, {vocabulary:,} words"
+    students, kept = {}, {}
+    for ratio in part.ratios:
+        found = find_experts(original)
+        fitting = same_ratio_layouts(found[0].projections, ratio)
+        for form in part.forms:
+            if form in fitting:
+                name = variant_at(form, ratio)
+                students[name] = random_student(original, {facts.name: fitting[form] for facts in found})
+                kept[name] = _expert_values(students[name]) / _expert_values(original)
+    speed = model_speed(
+        original,
+        students,
+        prefill_tokens=part.tokens[0],
+        decode_tokens=32,
+        seconds=3 * options.seconds,
+        least_rounds=options.rounds,
+    )
+    return {"title": title, "kept": kept, **speed}
 
 
 def layer_config(shape: str, experts: int, **changes: Any) -> OlmoeConfig:
     """A configuration with one MoE layer of a shape; the class stands for any gated experts."""
-    _, top_k, hidden, intermediate = SHAPES[shape]
-    sizes = {"num_hidden_layers": 1, "hidden_size": hidden, "intermediate_size": intermediate, **changes}
-    return OlmoeConfig(num_experts=experts, num_experts_per_tok=top_k, **sizes)
+    _, top_k, hidden, intermediate, _ = SHAPES[shape]
+    sizes = {"num_hidden_layers": 1, "hidden_size": hidden, "intermediate_size": intermediate, "eos_token_id": None}
+    return OlmoeConfig(num_experts=experts, num_experts_per_tok=top_k, **sizes | changes)
 
 
-def fitting_experts(shape: str, dtype: torch.dtype, device: torch.device) -> tuple[int, str]:
-    """The number of experts to time: halved until three times their bytes are free; and a name that says so."""
-    experts, top_k, hidden, intermediate = SHAPES[shape]
+def fitting_experts(
+    shape: str, part: Part, dtype: torch.dtype, device: torch.device, training: bool
+) -> tuple[int, str]:
+    """The number of experts to time: halved until all variants fit the free memory; and a name that says so."""
+    experts, top_k, hidden, intermediate, _ = SHAPES[shape]
+    # The original and its gradients; all compressed layers, the small ones in copies; room for what they compute.
+    share = 1.2 * (1 + training + 1.3 * len(part.forms) * sum(part.ratios))
     count = experts
-    while count > 2 * top_k and 3 * count * 3 * hidden * intermediate * dtype.itemsize > free_bytes(device):
+    while count > 2 * top_k and share * count * 3 * hidden * intermediate * dtype.itemsize > free_bytes(device):
         count //= 2
     return count, shape if count == experts else f"{shape} with {count} of its {experts} experts"
 
 
-def whole_model(
-    name: str, ratio: float, dtype: torch.dtype, device: torch.device, options: argparse.Namespace
-) -> dict[str, Any]:
-    """Time the reference MoE, or a random model with the layers of OLMoE, but fewer of them."""
-    config = Config()
-    config.compression.target_ratio = ratio
-    if name == "reference":
-        original = load_model("reference", dtype=dtype, device=device)
-    else:
-        experts, *_ = SHAPES[name]
-        torch.manual_seed(0)
-        with torch.device(device):
-            original = AutoModelForCausalLM.from_config(
-                layer_config(name, experts, num_hidden_layers=options.layers, vocab_size=50304), dtype=dtype
-            ).eval()
-    with torch.device(device):
-        student = random_student(original, config)
-    return {"layers": original.config.num_hidden_layers} | model_speed(
-        original, {CORE: student}, prefill_tokens=512, decode_tokens=32, seconds=options.seconds * 3
+def all_grids(results: list[dict[str, Any]]) -> list[Grid]:
+    """The tables of results: first OLMoE's layer against the bars."""
+    return [*bar_grids(results), *map(_grid, results)]
+
+
+def bar_grids(results: list[dict[str, Any]]) -> list[Grid]:
+    """How each form of OLMoE's layer stands against the bars of issue 6."""
+    columns = [f"{ratio:.2%} of the bytes, bar {bar}x" for ratio, bar in BARS.items()]
+    grid = Grid(
+        "OLMoE's layer against the bars",
+        "speed against the fastest original; with many tokens also how many times the roofline's time it takes",
+        ["fastest original, ms", *columns],
     )
+    for result in results:
+        if not result["part"] == result["shape"] == "olmoe":
+            continue
+        rows = {(row["tokens"], row["variant"]): row for row in result["rows"]}
+        for tokens in BAR_TOKENS:
+            originals = [row for (number, name), row in rows.items() if number == tokens and name not in result["kept"]]
+            for form in FORMS if originals else ():
+                cells = [_bar_cell(rows.get((tokens, variant_at(form, ratio))), bar) for ratio, bar in BARS.items()]
+                best = min(originals, key=lambda row: row["ms"])
+                label = f"{result['dtype']}, {tokens} token{'s' * (tokens > 1)}: {form}"
+                grid.rows.append([label, f"{best['ms']:.3g} ({best['variant'].split(', ')[1]})", *cells])
+    return [grid] if grid.rows else []
+
+
+def _bar_cell(row: dict[str, Any] | None, bar: float) -> str:
+    if row is None:
+        return "not timed"
+    words = f"{row['speedup']:.2f}x {'met' if row['speedup'] >= bar else 'missed'}"
+    return words if row["tokens"] < 512 else f"{words}, {row['ms'] / row['roofline_ms']:.2f} times the roofline"
+
+
+def into_document(file: Path, grids: list[Grid]) -> None:
+    """Put tables between the two comments that mark their place in a document."""
+    before, begin, rest = file.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"{file} has no place for tables: put {BEGIN} and {END} where they belong")
+    write_atomically(file, f"{before}{BEGIN}\n\n" + "\n".join(grid.markdown() for grid in grids) + f"\n{END}{after}")
+
+
+def _grid(result: dict[str, Any]) -> Grid:
+    return model_grid(result, result, result["title"]) if result["part"] == "models" else layer_grid(result, result)
+
+
+def _expert_values(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name)
+
+
+def _selected(part: Part, options: argparse.Namespace) -> Part:
+    fields = ("shapes", "dtypes", "ratios", "tokens", "forms")
+    return replace(part, **{name: tuple(getattr(options, name)) for name in fields if getattr(options, name)})
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="*", choices=sorted(SHAPES), default=[s for s in SHAPES if s != "reference"])
-    parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 0.25, 0.125, 0.0625], help="share of bytes")
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 128, 512, 2048], help="tokens per call")
-    parser.add_argument(
-        "--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"], default=["float32", "bfloat16"]
-    )
-    parser.add_argument("--training", nargs="*", type=int, default=[512], help="tokens of forward and backward")
-    parser.add_argument("--models", nargs="*", choices=MODELS, default=MODELS, help="whole models to time")
+    parser.add_argument("--parts", nargs="+", choices=sorted(PARTS), default=list(PARTS))
+    parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), help="instead of those of each part; so are:")
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--ratios", nargs="+", type=float, help="shares of the bytes")
+    parser.add_argument("--tokens", nargs="+", type=int, help="tokens per call, or of a whole model's prompt")
+    parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=None)
     parser.add_argument("--layers", type=int, default=2, help="layers of the random whole model")
-    parser.add_argument("--seconds", type=float, default=3.0, help="time to spend per table column")
+    parser.add_argument("--seconds", type=float, default=3.0, help="time to spend per table column, at least")
+    parser.add_argument("--rounds", type=int, default=5, help="samples per figure, at least")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="directory for speed.json and speed.md")
+    parser.add_argument("--tables", nargs="+", type=Path, metavar="JSON", help="measure nothing: tables of these files")
+    parser.add_argument("--docs", type=Path, help="document to put the tables into, between its two markers")
     return parser.parse_args()
 
 

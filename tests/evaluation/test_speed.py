@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 
 import pytest
@@ -15,29 +14,21 @@ from moe_compress.evaluation import bench as bench_module
 from moe_compress.evaluation import model_speed as model_module
 from moe_compress.evaluation import speed as speed_module
 from moe_compress.evaluation import timing
-from moe_compress.evaluation.bench import bench, bench_layers, break_even_lines, random_student
+from moe_compress.evaluation.bench import bench, bench_layers
+from moe_compress.evaluation.layer_forms import CORE, SVD, random_layer
 from moe_compress.evaluation.memory import allocated_by
 from moe_compress.evaluation.model_speed import model_speed
 from moe_compress.evaluation.roofline import Rates, Work, layer_work
-from moe_compress.evaluation.speed import (
-    CORE,
-    SVD,
-    Variant,
-    cut_to_aligned_ranks,
-    layer_inputs,
-    layer_speed,
-    original_variants,
-    random_layer,
-    same_bytes_layout,
-)
-from moe_compress.evaluation.speed_tables import Grid
+from moe_compress.evaluation.speed import Variant, layer_inputs, layer_speed, original_variants
+from moe_compress.evaluation.speed_tables import Grid, break_even_lines, layer_grid
 from moe_compress.evaluation.timing import time_interleaved
-from moe_compress.modeling import find_experts, find_shared_cores
+from moe_compress.modeling import find_experts
 
 from .conftest import make_model, mean_core
 
 LAYOUT = {name: {"delta_rank": 12, "cores": 1} for name in ("gate_up_proj", "down_proj")}
 CPU = torch.device("cpu")
+CONDITIONS = {"machine": {"cpu": "a CPU", "threads": 1, "versions": {}}, "device": "cpu", "dtype": "float32"}
 
 
 @pytest.fixture(autouse=True)
@@ -85,26 +76,6 @@ def test_inputs_are_routed_like_a_router_does():
     assert all(len(set(row.tolist())) == 3 for row in inputs.index)
     torch.testing.assert_close(inputs.weights.sum(-1), torch.ones(50))
     assert set(inputs.index.flatten().tolist()) == set(range(8))
-
-
-def test_svd_gets_the_bytes_of_the_core_and_no_more():
-    original = find_experts(make_model())[0].module
-    core = random_layer(original, LAYOUT)
-    layout = same_bytes_layout(core)
-    svd = random_layer(original, layout)
-    size = [sum(parameter.nbytes for parameter in layer.parameters()) for layer in (core, svd)]
-    assert size[1] <= size[0]
-    one_more = {name: {"delta_rank": own["delta_rank"] + 8, "cores": 0} for name, own in layout.items()}
-    assert sum(p.nbytes for p in random_layer(original, one_more).parameters()) > size[0]
-
-
-def test_ranks_are_cut_to_multiples_of_eight():
-    model = mean_core(make_model(), rank=13, cores=0)
-    cut = cut_to_aligned_ranks(copy.deepcopy(model))
-    before, after = (next(iter(find_shared_cores(each).values())).factors("down_proj") for each in (model, cut))
-    assert (before.delta_rank, after.delta_rank) == (13, 8)
-    assert torch.equal(before.delta_out[..., :8], after.delta_out)
-    assert torch.equal(before.delta_in[:, :8], after.delta_in)
 
 
 @pytest.fixture
@@ -169,6 +140,15 @@ def test_work_counts_the_core_once_and_each_chosen_expert():
     assert Work(100, 300).seconds(Rates(10.0, 10.0)) == 30
 
 
+def test_work_counts_a_basis_once():
+    original = find_experts(make_model())[0].module
+    layout = {"gate_up_proj": {"delta_rank": 8, "cores": 0, "basis": 10}, "down_proj": {"delta_rank": 8, "cores": 0}}
+    layer = random_layer(original, layout)
+    basis, deltas = 10 * 32, 8 * (10 + 32) + 8 * (16 + 32)
+    found = layer_work(layer, torch.tensor([[0, 1], [1, 2], [1, 0]]))
+    assert found == Work(4 * (basis + 3 * deltas), 2 * 3 * (basis + 2 * deltas))
+
+
 def test_allocations_are_followed():
     def call():
         scratch = torch.ones(1000, 1000)
@@ -192,23 +172,36 @@ def bench_tiny_layers(count):
 
 def test_the_rank_at_which_a_layer_is_as_fast(fixed_times):
     layer = bench_tiny_layers(count=1)
+    rows = {row["variant"]: row for row in layer["rows"]}
     # Twice as fast with cores of 6144 and deltas of 2 * 8 * (128 + 96): it may count twice as many multiply-adds.
-    assert layer["faster_below"] == {2: {"gate_up_proj": 29, "down_proj": 29}}
+    assert rows[CORE]["faster_below"] == {"gate_up_proj": 29, "down_proj": 29}
     assert break_even_lines(layer) == [
         "2 tokens: 2.00x, faster than the fastest original; "
         "break-even at about delta rank gate_up_proj 29, down_proj 29."
     ]
-    layer["faster_below"], layer["rows"][-2]["speedup"] = {2: {"gate_up_proj": 0, "down_proj": 0}}, 0.5
+    assert not any("slower" in cell for row in layer_grid(layer, CONDITIONS).rows for cell in row)
+    rows[CORE] |= {"speedup": 0.5, "faster_below": {"gate_up_proj": 3, "down_proj": 2}}
+    grid = {row[0]: row[1:] for row in layer_grid(layer, CONDITIONS).rows}
+    (cell,) = grid[f"{CORE}, {layer['kept'][CORE]:.1%} of the bytes"]
+    assert cell.endswith("slower; break-even at about delta rank gate_up_proj 3, down_proj 2")
+    rows[CORE]["faster_below"]["down_proj"] = 0
     assert break_even_lines(layer) == ["2 tokens: 0.50x, slower than the fastest original; slower at any rank."]
 
 
-def test_a_random_student_shares_all_but_the_experts():
-    original, config = make_model(), Config()
-    config.compression.rank, config.compression.target_ratio = 4, None
-    student = random_student(original, config)
-    assert len(find_shared_cores(student)) == len(find_experts(original))
-    assert student.lm_head.weight is original.lm_head.weight
-    assert student.model.layers[0].self_attn.q_proj.weight is original.model.layers[0].self_attn.q_proj.weight
+def test_the_rank_at_which_a_basis_is_as_fast(fixed_times):
+    layer = bench_tiny_layers(count=1)
+    name = "shared basis H/3"  # of 20 (not 21.3) directions, rounded to 16
+    up, down = (layer["layouts"][name][each] for each in ("gate_up_proj", "down_proj"))
+    assert up["basis"] == 16
+    (row,) = (row for row in layer["rows"] if row["variant"] == name)
+    # Every token meets the basis of 16 * 64 once; two experts' deltas read 16 and 32 inputs, and write 64 each.
+    shared, deltas = 16 * 64, 2 * (up["delta_rank"] * (64 + 16) + down["delta_rank"] * (64 + 32))
+    scale = ((shared + deltas) * row["speedup"] - shared) / deltas
+    assert row["faster_below"] == {
+        "gate_up_proj": int(scale * up["delta_rank"]), "down_proj": int(scale * down["delta_rank"]),
+    }  # fmt: skip
+    row["faster_below"]["gate_up_proj"] = 17
+    assert "faster at any rank that its basis allows" in break_even_lines(layer, name)[0]
 
 
 def test_grids_are_markdown():
@@ -245,8 +238,9 @@ def test_a_layer_is_timed_from_its_configuration_alone():
     assert (layer["count"], layer["experts"], layer["top_k"]) == (3, 4, 2)
     assert layer["layouts"][CORE]["down_proj"] == {"delta_rank": 8, "cores": 1}
     kept = sum(rows * columns + 4 * 8 * (rows + columns) for rows, columns in ((64, 64), (64, 32)))
-    assert layer["kept"] == pytest.approx(kept / (4 * (64 * 64 + 64 * 32)))
-    assert {row["variant"] for row in layer["rows"]} > {CORE, SVD, "original, eager"}
+    assert layer["kept"][CORE] == pytest.approx(kept / (4 * (64 * 64 + 64 * 32)))
+    assert {row["variant"] for row in layer["rows"]} > {CORE, SVD, "shared basis H/2", "original, eager"}
+    assert all(kept <= layer["kept"][CORE] for kept in layer["kept"].values())
 
 
 @pytest.mark.parametrize("compressed", [False, True])

@@ -9,37 +9,39 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe_compress.compression.ranks import header_choices
 from moe_compress.config import Config
 from moe_compress.errors import UserError
+from moe_compress.evaluation.layer_forms import (
+    CORE,
+    LayerLayout,
+    fill_randomly,
+    random_layer,
+    random_student,
+    same_bytes_layouts,
+)
 from moe_compress.evaluation.machine import choose_device, describe_machine
 from moe_compress.evaluation.model_speed import model_speed
 from moe_compress.evaluation.roofline import Rates, measure_rates
-from moe_compress.evaluation.speed import CORE, SVD, TOKENS, layer_speed, random_layer, same_bytes_layout
-from moe_compress.evaluation.speed_tables import Grid, layer_grids, model_grid, write_speed
-from moe_compress.factorization import DeltaFactors
-from moe_compress.factorization.budget import break_even
+from moe_compress.evaluation.speed import TOKENS, layer_speed
+from moe_compress.evaluation.speed_tables import Grid, break_even_lines, layer_grid, model_grid, write_speed
 from moe_compress.modeling import (
     ExpertsModule,
-    compress_in_memory,
     experts_per_token,
     find_experts,
     fold_in_memory,
     load_model,
     resolve_model_path,
 )
+from moe_compress.modeling.experts import SharedCoreExperts
 from moe_compress.modeling.tensors import Layout, form_of
-
-LayerLayout = dict[str, Layout]
 
 
 def bench(config: Config, output: Path | None = None) -> dict[str, Any]:
@@ -67,7 +69,7 @@ def bench(config: Config, output: Path | None = None) -> dict[str, Any]:
     found["layers"] = bench_layers(model_config, layouts, config, dtype, device, rates=rates)
     grids: list[Grid] = []
     for layer in found["layers"]:
-        grids += layer_grids(layer, found)
+        grids.append(layer_grid(layer, found))
         console.print(grids[-1].rich())
         console.print("\n".join(break_even_lines(layer)), highlight=False)
     models = _whole_models(config, compressed=layouts is not None, device=device)
@@ -92,11 +94,10 @@ def bench_layers(
     device: torch.device,
     *,
     tokens: Sequence[int] = TOKENS,
-    training: Sequence[int] = (),
     seconds: float = 2.0,
     rates: Rates | None = None,
 ) -> list[dict[str, Any]]:
-    """Time one layer of each kind (shapes and ranks) that a model has.
+    """Time one layer of each kind (shapes and ranks) that a model has, beside other forms of the same bytes.
 
     Args:
         model_config: a Transformers configuration; only shapes are taken from it.
@@ -104,14 +105,11 @@ def bench_layers(
         config: the settings.
         dtype, device: what to time in, and where.
         tokens, seconds, rates: see `layer_speed`.
-        training: numbers of tokens for which forward and backward are timed as well.
 
     Returns:
-        A dict per kind: `module` (the first of its kind), `count`, `experts`, `top_k`, `hidden_size`,
-        `intermediate_size`, `kept` (share of the bytes), `layouts` by variant, `rows` (and `training`) as `layer_speed`
-        gives them, and `faster_below`: by number of tokens, the delta ranks below which the shared core is faster.
+        A dict per kind: `module` (the first of its kind), `count`, and what `time_layer` gives.
     """
-    model = _meta_model(model_config)
+    model = meta_model(model_config)
     experts = find_experts(model)
     planned = layouts or plan_layouts(experts, config, dtype)
     kinds: dict[str, list[ExpertsModule]] = {}
@@ -122,62 +120,52 @@ def bench_layers(
     results = []
     for same in kinds.values():
         facts = same[0]
-        original = facts.module.to_empty(device=device).to(dtype).eval()
-        with torch.no_grad():
-            for parameter in original.parameters():
-                parameter.normal_(std=0.02)
-        core = random_layer(original, planned[facts.name], config.seed)
-        layers = {CORE: core, SVD: random_layer(original, same_bytes_layout(core), config.seed)}
         top_k = experts_per_token(model, facts.name)
-        timed = partial(layer_speed, original, layers, top_k=top_k, seconds=seconds, seed=config.seed, rates=rates)
-        rows = timed(tokens=tokens)
-        result = {
-            "module": facts.name,
-            "count": len(same),
-            "experts": facts.num_experts,
-            "top_k": top_k,
-            "hidden_size": facts.hidden_size,
-            "intermediate_size": facts.intermediate_size,
-            "kept": _bytes(core) / _bytes(original),
-            "layouts": {name: layer.layout for name, layer in layers.items()},
-            "rows": rows,
-            "faster_below": faster_below(facts, planned[facts.name], top_k, rows),
-        }
-        if training:
-            result["training"] = timed(tokens=training, training=True)
-        results.append(result)
-        original.to_empty(device="meta")
+        core = SharedCoreExperts(facts.module, planned[facts.name])
+        rivals = {name: own for name, own in same_bytes_layouts(core).items() if name != CORE and own != core.layout}
+        timed = time_layer(
+            facts, {CORE: planned[facts.name], **rivals}, dtype, device,
+            top_k=top_k, tokens=tokens, seconds=seconds, seed=config.seed, rates=rates,
+        )  # fmt: skip
+        results.append({"module": facts.name, "count": len(same), **timed})
     return results
 
 
-def faster_below(
-    experts: ExpertsModule, layout: LayerLayout, top_k: int, rows: Sequence[Mapping[str, Any]]
-) -> dict[int, dict[str, int]]:
-    """The delta ranks at which the shared core would be as fast as the fastest original, by number of tokens.
+def time_layer(
+    experts: ExpertsModule,
+    layouts: Mapping[str, LayerLayout],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    top_k: int,
+    seed: int = 0,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Time a layer with random values, original and in each of the given layouts.
 
-    All ranks of the layer are scaled alike. The time of a layer is taken to be its multiply-adds, times what one of
-    them was measured to take here at the present ranks. A rank of 0 means: at no rank.
+    Args:
+        experts: a module on any device; it is left on the meta device.
+        layouts: by name of the variant.
+        settings: of `layer_speed`.
+
+    Returns:
+        `experts`, `top_k`, `hidden_size`, `intermediate_size`; by variant `layouts` and `kept`, the share of the bytes;
+        `rows` as `layer_speed` gives them.
     """
-    sizes = [(experts.projections[name], form_of(own), own["delta_rank"]) for name, own in layout.items()]
-    found = {}
-    for row in rows:
-        if row["variant"] == CORE:
-            scale = break_even(sizes, top_k, speedup=row["speedup"])
-            found[row["tokens"]] = {name: int(scale * own["delta_rank"]) for name, own in layout.items()}
+    original = experts.module.to_empty(device=device).to(dtype).eval()
+    fill_randomly(original, seed)
+    layers = {name: random_layer(original, layout, seed) for name, layout in layouts.items()}
+    found = {
+        "experts": experts.num_experts,
+        "top_k": top_k,
+        "hidden_size": experts.hidden_size,
+        "intermediate_size": experts.intermediate_size,
+        "kept": {name: _bytes(layer) / _bytes(original) for name, layer in layers.items()},
+        "layouts": {name: layer.layout for name, layer in layers.items()},
+        "rows": layer_speed(original, layers, top_k=top_k, seed=seed, **settings),
+    }
+    original.to_empty(device="meta")
     return found
-
-
-def break_even_lines(layer: Mapping[str, Any]) -> list[str]:
-    """Says for which numbers of tokens the shared core is slower than the original, and what rank would change it."""
-    lines = []
-    speedups = {row["tokens"]: row["speedup"] for row in layer["rows"] if row["variant"] == CORE}
-    for tokens, ranks in layer["faster_below"].items():
-        compared = "faster" if speedups[tokens] >= 1 else "slower"
-        estimate = ", ".join(f"{name} {rank}" for name, rank in ranks.items())
-        until = f"break-even at about delta rank {estimate}" if all(ranks.values()) else "slower at any rank"
-        number = f"{tokens:,} token{'s' if tokens > 1 else ''}"
-        lines.append(f"{number}: {speedups[tokens]:.2f}x, {compared} than the fastest original; {until}.")
-    return lines
 
 
 def plan_layouts(experts: list[ExpertsModule], config: Config, dtype: torch.dtype) -> dict[str, LayerLayout]:
@@ -228,22 +216,8 @@ def _whole_models(config: Config, *, compressed: bool, device: torch.device) -> 
         teacher = config.distillation.teacher.model_path or _teacher_of(Path(config.model.name))
         return (load(teacher), {CORE: fold_in_memory(load(config.model.name))}) if teacher else None
     original = load(config.model.name)
-    return original, {CORE: random_student(original, config)}
-
-
-def random_student(original: Any, config: Config) -> Any:
-    """A copy of a model with random factors at the ranks of the settings: speed does not depend on them."""
-    experts = find_experts(original)
-    layouts = plan_layouts(experts, config, original.dtype)
-    results = {
-        facts.name: {
-            name: _random_factors(shape, layouts[facts.name][name]) for name, shape in facts.projections.items()
-        }
-        for facts in experts
-    }
-    # Everything but the experts is shared with the original.
-    shared = {id(parameter): parameter for parameter in original.parameters()}
-    return compress_in_memory(copy.deepcopy(original, shared), results)
+    layouts = plan_layouts(find_experts(original), config, original.dtype)
+    return original, {CORE: random_student(original, layouts, config.seed)}
 
 
 def _teacher_of(checkpoint: Path) -> str | None:
@@ -257,21 +231,8 @@ def _teacher_of(checkpoint: Path) -> str | None:
     return config.distillation.teacher.model_path or config.model.name
 
 
-def _random_factors(shape: tuple[int, int, int], layout: Layout) -> DeltaFactors:
-    experts, rows, columns = shape
-    rank = layout["delta_rank"]
-
-    def random(*size: int) -> Tensor:
-        return 0.02 * torch.randn(size)
-
-    core = random(layout["cores"] * rows, columns) if layout["cores"] else None
-    groups = torch.tensor(layout["groups"]) if layout["cores"] > 1 else None
-    basis = random(layout["basis"], columns) if "basis" in layout else None
-    delta_in = random(experts, rank, layout.get("basis", columns))
-    return DeltaFactors(core, random(experts, rows, rank), delta_in, groups, basis)
-
-
-def _meta_model(model_config: Any) -> Any:
+def meta_model(model_config: Any) -> Any:
+    """The model of a (compressed model's) configuration in its original form, without values."""
     plain = copy.deepcopy(model_config)
     if hasattr(plain, "quantization_config"):
         del plain.quantization_config

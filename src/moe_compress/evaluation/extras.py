@@ -8,19 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_compress.evaluation.layer_forms import CORE, SVD, cut_to_aligned_ranks, random_layer, same_bytes_layouts
 from moe_compress.evaluation.machine import describe_machine
 from moe_compress.evaluation.measure import load
 from moe_compress.evaluation.model_speed import model_speed
 from moe_compress.evaluation.results import Key, jsonable
 from moe_compress.evaluation.samples import write_samples
-from moe_compress.evaluation.speed import (
-    CORE,
-    SVD,
-    cut_to_aligned_ranks,
-    layer_speed,
-    random_layer,
-    same_bytes_layout,
-)
+from moe_compress.evaluation.speed import layer_speed
 from moe_compress.files import fingerprint, write_json
 from moe_compress.modeling import (
     experts_per_token,
@@ -102,7 +96,7 @@ def measure_speed(run: Run, paths: Mapping[Key, Path]) -> None:
     facts = find_experts(models["teacher"])[0]
     layers = {name: find_shared_cores(model)[facts.name] for name, model in compressed.items()}
     if not svd:
-        layers[SVD] = random_layer(facts.module, same_bytes_layout(layers[CORE]), run.config.seed)
+        layers[SVD] = random_layer(facts.module, same_bytes_layouts(layers[CORE])[SVD], run.config.seed)
     top_k = experts_per_token(models["teacher"], facts.name)
     speed = {
         "made_from": made_from,

@@ -21,6 +21,7 @@ def model_speed(
     decode_tokens: int = 32,
     seconds: float = 6.0,
     seed: int = 0,
+    least_rounds: int = 5,
 ) -> dict[str, Any]:
     """Time the whole model: reading a prompt, and writing with `generate`, one sequence at a time.
 
@@ -31,6 +32,7 @@ def model_speed(
         decode_tokens: tokens that are written, greedily, after a prompt of 16.
         seconds: time to spend on each of the two.
         seed: seed of the prompt's tokens.
+        least_rounds: samples of each, at least.
 
     Returns:
         `rows`: a dict per variant with `variant`, `prefill` and `decode` in tokens per second (median, with `_low` and
@@ -72,10 +74,10 @@ def model_speed(
     try:
         with torch.inference_mode():
             reading = calls(read, ("eager", "grouped_mm"))
-            prefill = time_interleaved(reading, ids.device, seconds=seconds, least_rounds=5)
+            prefill = time_interleaved(reading, ids.device, seconds=seconds, least_rounds=least_rounds)
             peaks = {name: allocated_by(partial(call, 0), ids.device).peak for name, call in reading.items()}
             writing = calls(write, ("eager", "grouped_mm", "batched_mm"))
-            decode = time_interleaved(writing, ids.device, seconds=seconds, least_rounds=5)
+            decode = time_interleaved(writing, ids.device, seconds=seconds, least_rounds=least_rounds)
     finally:
         selected(original, before)
     rows: dict[str, dict[str, Any]] = {name: {"variant": name} for name in decode}

@@ -1,14 +1,14 @@
 """Speed of one MoE layer, side by side in one interleaved run: forward, and forward with backward.
 
-The rivals of the shared core are the original experts under each implementation that Transformers has for them, and
-per-expert SVD factors of the same bytes, which need no core and so do fewer multiply-adds.
+The rivals of a compressed layer are the original experts under each implementation that Transformers has for them, and
+other forms of the same bytes (see `layer_forms`).
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from moe_compress.evaluation.layer_forms import projection_shapes
 from moe_compress.evaluation.memory import allocated_by
 from moe_compress.evaluation.roofline import Rates, layer_work
 from moe_compress.evaluation.timing import Timing, time_interleaved
-from moe_compress.factorization import Form
-from moe_compress.modeling.experts import SharedCoreExperts, find_shared_cores
+from moe_compress.factorization.budget import break_even
+from moe_compress.modeling.experts import SharedCoreExperts
 from moe_compress.modeling.find import describe_experts
-from moe_compress.modeling.tensors import Layout, factor_tensors, form_of
+from moe_compress.modeling.tensors import form_of
 
-CORE, SVD = "moe-compress", "per-expert SVD"
 TOKENS = (1, 16, 512)
 # `batched_mm` copies the weights of every chosen expert, which is meant for few tokens.
 _BATCHED_TOKENS = 16
@@ -89,7 +89,7 @@ def original_variants(copies: Sequence[nn.Module], tokens: int, top_k: int) -> d
 
 def layer_speed(
     original: nn.Module,
-    compressed: Mapping[str, nn.Module],
+    compressed: Mapping[str, SharedCoreExperts],
     *,
     top_k: int,
     tokens: Sequence[int] = TOKENS,
@@ -97,28 +97,31 @@ def layer_speed(
     seed: int = 0,
     rates: Rates | None = None,
     training: bool = False,
+    least_rounds: int = 7,
 ) -> list[dict[str, Any]]:
     """Time one MoE layer, without router and shared experts.
 
     Args:
         original: an experts module of Transformers.
-        compressed: name (`CORE`, `SVD`) to what stands in for it.
+        compressed: name to what stands in for it.
         top_k: experts per token.
         tokens: tokens per call.
         seconds: time to spend per number of tokens.
         seed: seed of hidden states and routing.
         rates: of this machine; adds the roofline to each row.
         training: forward and backward, with gradients of everything, instead of the forward pass alone.
+        least_rounds: samples of each, at least.
 
     Returns:
         A dict per number of tokens and variant: `tokens`, `variant`, `ms` (median), `ms_low`, `ms_high` (quartiles),
-        `samples`, and `speedup`: time of the fastest original over this one's. With `rates`, `roofline_ms`, the least
-        time on this machine. With `training`, `kept_bytes`, what the forward pass keeps for the backward pass, and
-        `peak_bytes`, the most that is allocated beyond weights and inputs, gradients included.
+        `samples`, and `speedup`: time of the fastest original over this one's; of a compressed one also
+        `faster_below`, see there. With `rates`, `roofline_ms`, the least time on this machine. With `training`,
+        `kept_bytes`, what the forward pass keeps for the backward pass, and `peak_bytes`, the most that is allocated
+        beyond weights and inputs, gradients included.
     """
     facts = describe_experts("experts", original)
     parameter = next(original.parameters())
-    modules = {"": original, **compressed}
+    modules: dict[str, nn.Module] = {"": original, **compressed}
     copies = {name: [module] if training else _copies(module) for name, module in modules.items()}
     rows = []
     for number in tokens:
@@ -137,10 +140,13 @@ def layer_speed(
                 {name: partial(call, variant, inputs) for name, variant in variants.items()},
                 parameter.device,
                 seconds=seconds,
+                least_rounds=least_rounds,
             )
         best = min(timing.median for name, timing in timings.items() if name not in compressed)
         for name, timing in timings.items():
             row = {"tokens": number, "variant": name, **_milliseconds(timing), "speedup": best / timing.median}
+            if name in compressed:
+                row["faster_below"] = faster_below(compressed[name], top_k, row["speedup"])
             if rates is not None:
                 least = sum(layer_work(variants[name].copies[0], each.index).seconds(rates) for each in inputs)
                 # Backward multiplies twice what forward does; reads the weights again and writes as many gradients.
@@ -175,54 +181,16 @@ def _training_memory(variant: Variant, inputs: LayerInputs, device: torch.device
     return {"kept_bytes": kept, "peak_bytes": peak}
 
 
-def same_bytes_layout(core: SharedCoreExperts) -> dict[str, Layout]:
-    """The layout of per-expert SVD factors (no core) with at most the bytes that a shared core layer has.
+def faster_below(layer: SharedCoreExperts, top_k: int, speedup: float) -> dict[str, int]:
+    """The delta ranks at which a layer would be as fast as the fastest original, by projection.
 
-    Ranks above 8 are rounded down to a multiple of 8, as the grouped GEMMs want them.
+    All ranks of the layer are scaled alike. The time of a layer is taken to be its multiply-adds, times what one of
+    them was measured to take at the present ranks. A rank of 0 means: at no rank.
     """
-    layout: dict[str, Layout] = {}
-    for projection, own in core.layout.items():
-        experts, inner = core.num_experts, own["delta_rank"]
-        delta = core.factors(projection).fold()
-        rows, columns = delta.delta_out.shape[1], delta.delta_in.shape[2]
-        if delta.basis is not None:
-            columns = delta.basis.shape[1]
-        shape = experts, rows, columns
-        rank = form_of(own).cost(shape, inner) // Form(0).cost(shape, 1)
-        layout[projection] = {"delta_rank": min(_aligned(rank), rows, columns), "cores": 0}
-    return layout
-
-
-@torch.no_grad()
-def cut_to_aligned_ranks(model: nn.Module) -> nn.Module:
-    """Cut delta ranks above 8 down to multiples of 8, in place, as speed would want them; to be timed, not used.
-
-    The SVD baseline spends its bytes to the last rank. At a rank that is not aligned every call pays for padding,
-    which would be unfair to hold against it.
-    """
-    for module in find_shared_cores(model).values():
-        for projection in module.projections:
-            delta = module.factors(projection).fold()
-            rank = _aligned(delta.delta_rank)
-            cut = replace(delta, delta_out=delta.delta_out[:, :, :rank], delta_in=delta.delta_in[:, :rank])
-            for name, tensor in factor_tensors(projection, cut).items():
-                if name != projection:
-                    setattr(module, name, nn.Parameter(tensor))
-    return model
-
-
-def random_layer(original: nn.Module, layout: Mapping[str, Layout], seed: int = 0) -> SharedCoreExperts:
-    """A compressed layer of the given layout with random values: speed does not depend on them."""
-    layer = SharedCoreExperts(original, layout)
-    generator = torch.Generator(next(original.parameters()).device).manual_seed(seed)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.normal_(std=0.02, generator=generator)
-    return layer.eval()
-
-
-def _aligned(rank: int) -> int:
-    return rank - rank % 8 if rank > 8 else rank
+    shapes = projection_shapes(layer)
+    sizes = [(shapes[name], form_of(own), own["delta_rank"]) for name, own in layer.layout.items()]
+    scale = break_even(sizes, top_k, speedup=speedup)
+    return {name: int(scale * own["delta_rank"]) for name, own in layer.layout.items()}
 
 
 def _copies(module: nn.Module) -> list[nn.Module]:

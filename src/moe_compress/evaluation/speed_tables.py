@@ -9,8 +9,9 @@ from typing import Any
 
 from rich.table import Table
 
-from moe_compress.evaluation.speed import CORE
+from moe_compress.evaluation.layer_forms import CORE
 from moe_compress.files import write_atomically, write_json
+from moe_compress.modeling.tensors import Layout
 
 
 @dataclass
@@ -43,28 +44,57 @@ class Grid:
         return "\n".join([f"**{self.title}**", "", *lines, "", self.caption, ""])
 
 
-def layer_grids(layer: Mapping[str, Any], found: Mapping[str, Any]) -> list[Grid]:
-    """The times of one kind of layer: a row per variant, a column per number of tokens; forward, then training."""
-    ranks = {name: projection["delta_rank"] for name, projection in layer["layouts"].get(CORE, {}).items()}
-    size = (
-        f"{layer['module']}: {layer['experts']} experts, top {layer['top_k']}, hidden {layer['hidden_size']}, "
-        f"intermediate {layer['intermediate_size']}; {layer['kept']:.1%} of the bytes"
-    ) + (f", delta ranks {ranks}" if ranks else "")
-    grids = [
-        _layer_grid(
-            size,
-            "ms per layer, median (quartiles); speed against the fastest original; "
-            f"share of what the roofline allows; {conditions(found)}",
-            layer["rows"],
-        )
-    ]
-    if layer.get("training"):
-        caption = (
-            "ms per layer, median (quartiles); speed against the fastest original; share of what the roofline allows; "
-            f"MB kept for the backward pass / most allocated, gradients included; {conditions(found)}"
-        )
-        grids.append(_layer_grid(f"Forward and backward: {size}", caption, layer["training"]))
-    return grids
+def layer_grid(layer: Mapping[str, Any], found: Mapping[str, Any]) -> Grid:
+    """The times of one kind of layer: a row per variant, a column per number of tokens.
+
+    Args:
+        layer: see `bench.time_layer`, and `module`, its name.
+        found: see `conditions`.
+    """
+    rows = layer["rows"]
+    training = "kept_bytes" in rows[0]
+    title = (
+        f"{'Forward and backward: ' * training}{layer['module']}: {layer['experts']} experts, top {layer['top_k']}, "
+        f"hidden {layer['hidden_size']}, intermediate {layer['intermediate_size']}"
+    )
+    if CORE in layer["layouts"]:
+        title += f"; shared core: {_layout_words(layer['layouts'][CORE])}"
+    caption = (
+        "ms per layer, median (quartiles); speed against the fastest original; share of what the roofline allows; "
+        f"{'MB kept for the backward pass / most allocated, gradients included; ' * training}{conditions(found)}"
+    )
+    tokens = list(dict.fromkeys(row["tokens"] for row in rows))
+    grid = Grid(title, caption, [_tokens(number) for number in tokens])
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        by_tokens = {row["tokens"]: row for row in rows if row["variant"] == variant}
+        layout = layer["layouts"].get(variant, {})
+        cells = [_cell(by_tokens[number], layout) if number in by_tokens else "" for number in tokens]
+        grid.rows.append([_label(variant, layer["kept"]), *cells])
+    return grid
+
+
+def variant_at(form: str, ratio: float) -> str:
+    """The name of a variant of which there is one at each of several shares of the bytes."""
+    return f"{form} at {ratio:g}"
+
+
+def _label(variant: str, kept: Mapping[str, float]) -> str:
+    """A variant, with the share of the expert bytes that it really has."""
+    form = variant.partition(" at ")[0]
+    return f"{form}, {kept[variant]:.1%} of the bytes" if variant in kept else variant
+
+
+def break_even_lines(layer: Mapping[str, Any], variant: str = CORE) -> list[str]:
+    """Says for which numbers of tokens a variant is slower than the original, and what rank would change it."""
+    lines = []
+    for row in layer["rows"]:
+        if row["variant"] == variant:
+            compared = "faster" if row["speedup"] >= 1 else "slower"
+            turn = _break_even_words(layer["layouts"][variant], row["faster_below"])
+            lines.append(
+                f"{_tokens(row['tokens'])}: {row['speedup']:.2f}x, {compared} than the fastest original; {turn}."
+            )
+    return lines
 
 
 def model_grid(speed: Mapping[str, Any], found: Mapping[str, Any], title: str = "Whole model") -> Grid:
@@ -88,7 +118,7 @@ def model_grid(speed: Mapping[str, Any], found: Mapping[str, Any], title: str = 
             for kind in ("prefill", "decode")
         ]
         cells += [f"{row[key] / 1e9:.2f}" if key in row else "" for key in ("weight_bytes", "peak_bytes")]
-        grid.rows.append([row["variant"], *cells])
+        grid.rows.append([_label(row["variant"], speed.get("kept", {})), *cells])
     return grid
 
 
@@ -114,19 +144,35 @@ def write_speed(directory: Path, found: Mapping[str, Any], grids: list[Grid]) ->
     write_atomically(directory / "speed.md", "\n".join(grid.markdown() for grid in grids))
 
 
-def _layer_grid(title: str, caption: str, rows: list[dict[str, Any]]) -> Grid:
-    tokens = list(dict.fromkeys(row["tokens"] for row in rows))
-    grid = Grid(title, caption, [f"{number:,} token{'s' if number > 1 else ''}" for number in tokens])
-    for variant in dict.fromkeys(row["variant"] for row in rows):
-        by_tokens = {row["tokens"]: row for row in rows if row["variant"] == variant}
-        grid.rows.append([variant, *(_cell(by_tokens[number]) if number in by_tokens else "" for number in tokens)])
-    return grid
-
-
-def _cell(row: Mapping[str, Any]) -> str:
+def _cell(row: Mapping[str, Any], layout: Mapping[str, Layout]) -> str:
     lines = [f"{row['ms']:.3g}  {row['speedup']:.2f}x", f"({row['ms_low']:.3g}-{row['ms_high']:.3g})"]
     if "roofline_ms" in row:
         lines[0] += f"  {row['roofline_ms'] / row['ms']:.0%}"
     if "kept_bytes" in row:
         lines.append(f"{row['kept_bytes'] / 1e6:,.3g} / {row['peak_bytes'] / 1e6:,.3g} MB")
+    if "faster_below" in row and row["speedup"] < 1:
+        words = _break_even_words(layout, row["faster_below"])
+        lines.append(words if words.startswith("slower") else f"slower; {words}")
     return "\n".join(lines)
+
+
+def _break_even_words(layout: Mapping[str, Layout], ranks: Mapping[str, int]) -> str:
+    """At which of the ranks of `faster_below` the layer is as fast as the original."""
+    if not all(ranks.values()):
+        return "slower at any rank"
+    if any(ranks[name] >= own["basis"] for name, own in layout.items() if "basis" in own):
+        return "faster at any rank that its basis allows"
+    return "break-even at about delta rank " + ", ".join(f"{name} {rank}" for name, rank in ranks.items())
+
+
+def _layout_words(layout: Mapping[str, Layout]) -> str:
+    parts = []
+    for name, own in layout.items():
+        cores = {0: "no core", 1: "one core"}.get(own["cores"], f"{own['cores']} cores")
+        basis = f", basis {own['basis']}" if "basis" in own else ""
+        parts.append(f"{name} {cores}{basis}, rank {own['delta_rank']}")
+    return "; ".join(parts)
+
+
+def _tokens(number: int) -> str:
+    return f"{number:,} token{'s' if number > 1 else ''}"
