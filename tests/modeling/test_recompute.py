@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from moe_compress.modeling import experts
+from moe_compress.modeling.experts import SharedCoreExperts
 from tests.modeling.test_cores import grouped
-from tests.modeling.test_experts import EXPERTS, HIDDEN, INTERMEDIATE, gradients, original, route, shared
+from tests.modeling.test_experts import (
+    EXPERTS,
+    HIDDEN,
+    INTERMEDIATE,
+    PATHS,
+    assert_same,
+    force,
+    gradients,
+    original,
+    route,
+    shared,
+)
 
 TOKENS, TOP_K = 40, 3
 
@@ -35,8 +50,26 @@ def kept_bytes(module: nn.Module) -> int:
     return sum(size for size, _ in saved.values())
 
 
+def with_basis(module: nn.Module, cores: int = 0) -> SharedCoreExperts:
+    """Deltas of the up projection that read 8 directions of the input."""
+    layout = shared(module, cores=cores).layout
+    layout["gate_up_proj"]["basis"] = 8
+    replacement = SharedCoreExperts(module, layout)
+    generator = torch.Generator().manual_seed(5)
+    for parameter in replacement.parameters():
+        values = torch.randn(parameter.shape, generator=generator) * max(1, parameter.shape[-1]) ** -0.5
+        parameter.data = values.to(parameter.dtype)
+    return replacement
+
+
 def variants(module: nn.Module) -> dict[str, nn.Module]:
-    return {"one core": shared(module), "no core": shared(module, cores=0), "three cores": grouped(module)}
+    return {
+        "one core": shared(module),
+        "no core": shared(module, cores=0),
+        "three cores": grouped(module),
+        "basis": with_basis(module),
+        "core and basis": with_basis(module, cores=1),
+    }
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
@@ -78,8 +111,32 @@ def test_gradients_are_those_of_keeping_everything(nested: bool | None, monkeypa
             assert gradient is None or torch.equal(found[parameter], gradient), (name, parameter)
 
 
-def test_training_compiles_into_one_graph_with_its_backward_pass() -> None:
-    replacement = shared(original("gated", torch.bfloat16), rank=8)
+@pytest.mark.parametrize("path", PATHS)
+def test_a_basis_equals_materialized_experts(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    force(path, monkeypatch)
+    module = original("gpt_oss")
+    for cores in (0, 1):
+        assert_same(module, with_basis(module, cores), route(7, 2))
+
+
+def test_a_basis_meets_each_token_once_and_not_again_in_the_backward_pass() -> None:
+    replacement = with_basis(original("gated"))
+    hidden, index, weights = route(TOKENS, TOP_K)
+
+    def products(train: bool) -> int:
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(train):
+            out = replacement(hidden.clone().requires_grad_(train), index, weights)
+            out.sum().backward() if train else None
+        return counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+
+    once = 2 * TOKENS * replacement.get_parameter("gate_up_proj_basis").numel()
+    assert products(train=False) == once
+    assert products(train=True) == 3 * once
+
+
+@pytest.mark.parametrize("make", [lambda module: shared(module, rank=8), with_basis], ids=["core", "basis"])
+def test_training_compiles_into_one_graph_with_its_backward_pass(make: Callable[..., nn.Module]) -> None:
+    replacement = make(original("gated", torch.bfloat16))
     hidden, index, weights = route(6, 2)
     inputs = (hidden.bfloat16(), index, weights.bfloat16())
     torch._dynamo.reset()
