@@ -19,9 +19,6 @@ from tests.modeling.test_experts import (
     EXPERTS,
     HIDDEN,
     INTERMEDIATE,
-    PATHS,
-    assert_same,
-    force,
     gradients,
     original,
     route,
@@ -109,14 +106,6 @@ def test_gradients_are_those_of_keeping_everything(nested: bool | None, monkeypa
         for parameter, gradient in expected.items():
             assert (gradient is None) == (found[parameter] is None), (name, parameter)
             assert gradient is None or torch.equal(found[parameter], gradient), (name, parameter)
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_a_basis_equals_materialized_experts(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    force(path, monkeypatch)
-    module = original("gpt_oss")
-    for cores in (0, 1):
-        assert_same(module, with_basis(module, cores), route(7, 2))
 
 
 def test_a_basis_meets_each_token_once_and_not_again_in_the_backward_pass() -> None:

@@ -66,7 +66,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         advice = (
             f"It turns faster at delta rank {turn} or lower; what it gains on your machine: moe-compress bench"
             if all(ranks.values())
-            else "No rank is low enough; fewer cores are faster"
+            else "No rank is low enough; fewer cores or a smaller basis are faster"
         )
         console.print(
             f"[yellow]{len(slower)} of {len(plan.layers)} MoE layers need more multiply-adds per token than before "
