@@ -15,7 +15,7 @@ from moe_compress.evaluation import model_speed as model_module
 from moe_compress.evaluation import speed as speed_module
 from moe_compress.evaluation import timing
 from moe_compress.evaluation.bench import bench, bench_layers
-from moe_compress.evaluation.layer_forms import CORE, SVD, random_layer
+from moe_compress.evaluation.layer_forms import CORE, OURS, SVD, random_layer
 from moe_compress.evaluation.memory import allocated_by
 from moe_compress.evaluation.model_speed import model_speed
 from moe_compress.evaluation.roofline import Rates, Work, layer_work
@@ -85,7 +85,7 @@ def fixed_times(monkeypatch):
     def fixed(calls, device, **_):
         for call in calls.values():
             call(0)
-        seconds = {"original, eager": 8.0, "original, grouped_mm": 4.0, "original, batched_mm": 6.0, CORE: 2.0}
+        seconds = {"original, eager": 8.0, "original, grouped_mm": 4.0, "original, batched_mm": 6.0, OURS: 2.0}
         times = {name: seconds.get(name, 3.0) for name in calls}
         return {name: timing.Timing(each, each / 2, each * 2, 3) for name, each in times.items()}
 
@@ -95,11 +95,11 @@ def fixed_times(monkeypatch):
 
 def test_layer_speed_compares_with_the_fastest_original(fixed_times):
     original = find_experts(make_model())[0].module
-    rows = layer_speed(original, {CORE: random_layer(original, LAYOUT)}, top_k=2, tokens=(1, 40))
+    rows = layer_speed(original, {OURS: random_layer(original, LAYOUT)}, top_k=2, tokens=(1, 40))
     assert {(row["tokens"], row["variant"]): row["speedup"] for row in rows} == {
         (1, "original, eager"): 0.5, (1, "original, grouped_mm"): 1.0, (1, "original, batched_mm"): 4 / 6,
-        (1, CORE): 2.0,
-        (40, "original, eager"): 0.5, (40, "original, grouped_mm"): 1.0, (40, CORE): 2.0,
+        (1, OURS): 2.0,
+        (40, "original, eager"): 0.5, (40, "original, grouped_mm"): 1.0, (40, OURS): 2.0,
     }  # fmt: skip
     assert [rows[0][key] for key in ("ms", "ms_low", "ms_high", "samples")] == [8000, 4000, 16000, 3]
 
@@ -119,8 +119,8 @@ def test_small_layers_are_timed_as_copies_in_turn(monkeypatch):
 def test_training_is_timed_with_all_gradients_and_its_memory_measured(fixed_times):
     original = find_experts(make_model())[0].module
     layer = random_layer(original, LAYOUT)
-    rows = layer_speed(original, {CORE: layer}, top_k=2, tokens=(40,), training=True)
-    assert [row["variant"] for row in rows] == ["original, eager", "original, grouped_mm", CORE]
+    rows = layer_speed(original, {OURS: layer}, top_k=2, tokens=(40,), training=True)
+    assert [row["variant"] for row in rows] == ["original, eager", "original, grouped_mm", OURS]
     gradients = {id(module): sum(p.nbytes for p in module.parameters()) for module in (original, layer)}
     for row, module in zip(rows, (original, original, layer), strict=True):
         assert 0 < row["kept_bytes"] < row["peak_bytes"]
@@ -174,17 +174,17 @@ def test_the_rank_at_which_a_layer_is_as_fast(fixed_times):
     layer = bench_tiny_layers(count=1)
     rows = {row["variant"]: row for row in layer["rows"]}
     # Twice as fast with cores of 6144 and deltas of 2 * 8 * (128 + 96): it may count twice as many multiply-adds.
-    assert rows[CORE]["faster_below"] == {"gate_up_proj": 29, "down_proj": 29}
+    assert rows[OURS]["faster_below"] == {"gate_up_proj": 29, "down_proj": 29}
     assert break_even_lines(layer) == [
         "2 tokens: 2.00x, faster than the fastest original; "
         "break-even at about delta rank gate_up_proj 29, down_proj 29."
     ]
     assert not any("slower" in cell for row in layer_grid(layer, CONDITIONS).rows for cell in row)
-    rows[CORE] |= {"speedup": 0.5, "faster_below": {"gate_up_proj": 3, "down_proj": 2}}
+    rows[OURS] |= {"speedup": 0.5, "faster_below": {"gate_up_proj": 3, "down_proj": 2}}
     grid = {row[0]: row[1:] for row in layer_grid(layer, CONDITIONS).rows}
-    (cell,) = grid[f"{CORE}, {layer['kept'][CORE]:.1%} of the bytes"]
+    (cell,) = grid[f"{OURS}, {layer['kept'][OURS]:.1%} of the bytes"]
     assert cell.endswith("slower; break-even at about delta rank gate_up_proj 3, down_proj 2")
-    rows[CORE]["faster_below"]["down_proj"] = 0
+    rows[OURS]["faster_below"]["down_proj"] = 0
     assert break_even_lines(layer) == ["2 tokens: 0.50x, slower than the fastest original; slower at any rank."]
 
 
@@ -213,12 +213,12 @@ def test_grids_are_markdown():
 
 def test_model_speed_is_tokens_per_second(fixed_times):
     original = make_model()
-    speed = model_speed(original, {CORE: mean_core(make_model())}, prefill_tokens=40, decode_tokens=3)
-    core = next(row for row in speed["rows"] if row["variant"] == CORE)
+    speed = model_speed(original, {OURS: mean_core(make_model())}, prefill_tokens=40, decode_tokens=3)
+    core = next(row for row in speed["rows"] if row["variant"] == OURS)
     weights, peak = core.pop("weight_bytes"), core.pop("peak_bytes")
     assert weights < peak < 10 * weights
     assert core == {
-        "variant": CORE, "prefill": 20.0, "prefill_low": 10.0, "prefill_high": 40.0, "prefill_speedup": 2.0,
+        "variant": OURS, "prefill": 20.0, "prefill_low": 10.0, "prefill_high": 40.0, "prefill_speedup": 2.0,
         "decode": 1.5, "decode_low": 0.75, "decode_high": 3.0, "decode_speedup": 2.0,
     }  # fmt: skip
 
@@ -226,21 +226,23 @@ def test_model_speed_is_tokens_per_second(fixed_times):
 def test_model_speed_leaves_the_model_as_it_was():
     original = make_model()
     before = original.config._experts_implementation
-    speed = model_speed(original, {CORE: mean_core(make_model())}, prefill_tokens=40, decode_tokens=3, seconds=0)
+    speed = model_speed(original, {OURS: mean_core(make_model())}, prefill_tokens=40, decode_tokens=3, seconds=0)
     assert original.config._experts_implementation == before
     rows = {row["variant"]: row for row in speed["rows"]}
-    assert list(rows) == ["original, eager", "original, grouped_mm", "original, batched_mm", CORE]
+    assert list(rows) == ["original, eager", "original, grouped_mm", "original, batched_mm", OURS]
     assert "prefill" not in rows["original, batched_mm"]
 
 
 def test_a_layer_is_timed_from_its_configuration_alone():
     layer = bench_tiny_layers(count=3)
     assert (layer["count"], layer["experts"], layer["top_k"]) == (3, 4, 2)
-    assert layer["layouts"][CORE]["down_proj"] == {"delta_rank": 8, "cores": 1}
+    assert layer["layouts"][OURS]["down_proj"] == {"delta_rank": 8, "cores": 1}
     kept = sum(rows * columns + 4 * 8 * (rows + columns) for rows, columns in ((64, 64), (64, 32)))
-    assert layer["kept"][CORE] == pytest.approx(kept / (4 * (64 * 64 + 64 * 32)))
-    assert {row["variant"] for row in layer["rows"]} > {CORE, SVD, "shared basis H/2", "original, eager"}
-    assert all(kept <= layer["kept"][CORE] for kept in layer["kept"].values())
+    assert layer["kept"][OURS] == pytest.approx(kept / (4 * (64 * 64 + 64 * 32)))
+    variants = {row["variant"] for row in layer["rows"]}
+    assert variants > {OURS, SVD, "shared basis H/2", "original, eager"}
+    assert CORE not in variants  # which is what it is
+    assert all(kept <= layer["kept"][OURS] for kept in layer["kept"].values())
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -257,10 +259,10 @@ def test_bench_prints_writes_and_returns_tables(config, student_dir, tmp_path, c
     found = bench(config, tmp_path / "speed")
     assert json.loads((tmp_path / "speed/speed.json").read_text()) == json.loads(json.dumps(found))
     assert "| moe-compress |" in (tmp_path / "speed/speed.md").read_text()
-    assert found["layers"][0]["layouts"][CORE]["down_proj"]["delta_rank"] == 8
+    assert found["layers"][0]["layouts"][OURS]["down_proj"]["delta_rank"] == 8
     printed = capsys.readouterr().out
     assert "per-expert SVD" in printed and "Whole model" in printed and f"{torch.get_num_threads()} thread" in printed
-    assert {row["variant"] for row in found["model"]["rows"]} > {CORE, "original, grouped_mm"}
+    assert {row["variant"] for row in found["model"]["rows"]} > {OURS, "original, grouped_mm"}
 
 
 def test_bench_of_a_compressed_model_finds_the_teacher_in_its_run(make_run):

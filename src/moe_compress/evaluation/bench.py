@@ -20,7 +20,7 @@ from moe_compress.compression.ranks import header_choices
 from moe_compress.config import Config
 from moe_compress.errors import UserError
 from moe_compress.evaluation.layer_forms import (
-    CORE,
+    OURS,
     LayerLayout,
     fill_randomly,
     random_layer,
@@ -32,6 +32,7 @@ from moe_compress.evaluation.model_speed import model_speed
 from moe_compress.evaluation.roofline import Rates, measure_rates
 from moe_compress.evaluation.speed import TOKENS, layer_speed
 from moe_compress.evaluation.speed_tables import Grid, break_even_lines, layer_grid, model_grid, write_speed
+from moe_compress.factorization import Form
 from moe_compress.modeling import (
     ExpertsModule,
     experts_per_token,
@@ -114,17 +115,18 @@ def bench_layers(
     planned = layouts or plan_layouts(experts, config, dtype)
     kinds: dict[str, list[ExpertsModule]] = {}
     for facts in experts:
-        ranks = {name: (own["delta_rank"], form_of(own)) for name, own in planned[facts.name].items()}
-        kind = repr((facts.projections, ranks, experts_per_token(model, facts.name)))
+        layout = planned[facts.name]
+        ranks = [own["delta_rank"] for own in layout.values()]
+        kind = repr((facts.projections, forms_of(layout), ranks, experts_per_token(model, facts.name)))
         kinds.setdefault(kind, []).append(facts)
     results = []
     for same in kinds.values():
         facts = same[0]
         top_k = experts_per_token(model, facts.name)
-        core = SharedCoreExperts(facts.module, planned[facts.name])
-        rivals = {name: own for name, own in same_bytes_layouts(core).items() if name != CORE and own != core.layout}
+        ours = SharedCoreExperts(facts.module, planned[facts.name])
+        rivals = {name: own for name, own in same_bytes_layouts(ours).items() if forms_of(own) != forms_of(ours.layout)}
         timed = time_layer(
-            facts, {CORE: planned[facts.name], **rivals}, dtype, device,
+            facts, {OURS: planned[facts.name], **rivals}, dtype, device,
             top_k=top_k, tokens=tokens, seconds=seconds, seed=config.seed, rates=rates,
         )  # fmt: skip
         results.append({"module": facts.name, "count": len(same), **timed})
@@ -184,6 +186,11 @@ def plan_layouts(experts: list[ExpertsModule], config: Config, dtype: torch.dtyp
     return layouts
 
 
+def forms_of(layout: LayerLayout) -> dict[str, Form]:
+    """What each projection of a layer is, but for its rank."""
+    return {name: form_of(own) for name, own in layout.items()}
+
+
 def load_config(config: Config) -> Any:
     """The configuration of `model.name`, without its weights.
 
@@ -214,10 +221,10 @@ def _whole_models(config: Config, *, compressed: bool, device: torch.device) -> 
         return None
     if compressed:
         teacher = config.distillation.teacher.model_path or _teacher_of(Path(config.model.name))
-        return (load(teacher), {CORE: fold_in_memory(load(config.model.name))}) if teacher else None
+        return (load(teacher), {OURS: fold_in_memory(load(config.model.name))}) if teacher else None
     original = load(config.model.name)
     layouts = plan_layouts(find_experts(original), config, original.dtype)
-    return original, {CORE: random_student(original, layouts, config.seed)}
+    return original, {OURS: random_student(original, layouts, config.seed)}
 
 
 def _teacher_of(checkpoint: Path) -> str | None:

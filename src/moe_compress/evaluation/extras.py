@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_compress.evaluation.layer_forms import CORE, SVD, cut_to_aligned_ranks, random_layer, same_bytes_layouts
+from moe_compress.evaluation.layer_forms import OURS, SVD, cut_to_aligned_ranks, random_layer, same_bytes_layouts
 from moe_compress.evaluation.machine import describe_machine
 from moe_compress.evaluation.measure import load
 from moe_compress.evaluation.model_speed import model_speed
@@ -88,7 +88,7 @@ def measure_speed(run: Run, paths: Mapping[Key, Path]) -> None:
     if _made_from(target) == made_from:
         return
     models = {name: load(path, run.config) for name, path in used.items()}
-    compressed = {CORE: models["student"]} | ({SVD: models["svd"]} if svd else {})
+    compressed = {OURS: models["student"]} | ({SVD: models["svd"]} if svd else {})
     for model in compressed.values():
         fold_in_memory(model)
     if svd:
@@ -96,7 +96,7 @@ def measure_speed(run: Run, paths: Mapping[Key, Path]) -> None:
     facts = find_experts(models["teacher"])[0]
     layers = {name: find_shared_cores(model)[facts.name] for name, model in compressed.items()}
     if not svd:
-        layers[SVD] = random_layer(facts.module, same_bytes_layouts(layers[CORE])[SVD], run.config.seed)
+        layers[SVD] = random_layer(facts.module, same_bytes_layouts(layers[OURS])[SVD], run.config.seed)
     top_k = experts_per_token(models["teacher"], facts.name)
     speed = {
         "made_from": made_from,

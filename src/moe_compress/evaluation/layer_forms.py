@@ -20,6 +20,7 @@ from moe_compress.modeling.tensors import Layout, factor_tensors, form_of
 
 LayerLayout = dict[str, Layout]
 
+OURS = "moe-compress"  # what the settings make of a layer, or a checkpoint has
 CORE, SVD = "shared core", "per-expert SVD"
 # Cores of each projection, and the size of the basis that the up projection reads, as a share of the hidden size H.
 FORMS = {

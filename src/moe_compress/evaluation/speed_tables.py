@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from moe_compress.evaluation.layer_forms import CORE
+from moe_compress.evaluation.layer_forms import OURS
 from moe_compress.files import write_atomically, write_json
 from moe_compress.modeling.tensors import Layout
 
@@ -57,8 +57,8 @@ def layer_grid(layer: Mapping[str, Any], found: Mapping[str, Any]) -> Grid:
         f"{'Forward and backward: ' * training}{layer['module']}: {layer['experts']} experts, top {layer['top_k']}, "
         f"hidden {layer['hidden_size']}, intermediate {layer['intermediate_size']}"
     )
-    if CORE in layer["layouts"]:
-        title += f"; shared core: {_layout_words(layer['layouts'][CORE])}"
+    if OURS in layer["layouts"]:
+        title += f"; {OURS}: {_layout_words(layer['layouts'][OURS])}"
     caption = (
         "ms per layer, median (quartiles); speed against the fastest original; share of what the roofline allows; "
         f"{'MB kept for the backward pass / most allocated, gradients included; ' * training}{conditions(found)}"
@@ -84,7 +84,7 @@ def _label(variant: str, kept: Mapping[str, float]) -> str:
     return f"{form}, {kept[variant]:.1%} of the bytes" if variant in kept else variant
 
 
-def break_even_lines(layer: Mapping[str, Any], variant: str = CORE) -> list[str]:
+def break_even_lines(layer: Mapping[str, Any], variant: str = OURS) -> list[str]:
     """Says for which numbers of tokens a variant is slower than the original, and what rank would change it."""
     lines = []
     for row in layer["rows"]:
