@@ -253,7 +253,7 @@ def test_bench_prints_writes_and_returns_tables(config, student_dir, tmp_path, c
         monkeypatch.setattr(
             bench_module, name, lambda *args, function=function, **kwargs: function(*args, **kwargs | {"seconds": 0})
         )
-    config.compression.rank = 4
+    config.compression.rank, config.compression.cores = 4, 1
     if compressed:
         config.distillation.teacher.model_path, config.model.name = config.model.name, str(student_dir)
     found = bench(config, tmp_path / "speed")
