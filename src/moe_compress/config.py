@@ -67,7 +67,7 @@ class CalibrationConfig:
     fisher: bool = setting(
         True,
         "Also weigh outputs by the Fisher information, so that errors count by what they do to predictions; takes a "
-        "backward pass over the text, and compression.parameterization=delta.",
+        "backward pass, the hidden states before every layer on disk, and compression.parameterization=delta.",
     )
     dataset: DatasetConfig = setting(lambda: DatasetConfig(max_samples=64), "Text to calibrate on.")
 

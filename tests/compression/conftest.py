@@ -48,6 +48,25 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "topk_group": 1,
     },
 }
+# Made by name only; not among the families that everything is tried with.
+OTHERS: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+        "intermediate_size": 16,
+        "moe_intermediate_size": 16,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "n_group": 2,
+        "topk_group": 1,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+    },
+}
 
 
 def tiny_model(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
@@ -55,7 +74,7 @@ def tiny_model(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **changes})
+    config = AutoConfig.for_model(family, **{**COMMON, **{**FAMILIES, **OTHERS}[family], **changes})
     model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -72,12 +72,14 @@ def test_every_tensor_is_what_it_stands_for(both: tuple[Path, Path]) -> None:
         assert b"".join(quantized.chunks(name)) == b"".join(plain.chunks(name))
 
 
+@pytest.mark.parametrize("fisher", [False, True])
 def test_compressed_it_is_the_plain_model_compressed(
-    both: tuple[Path, Path], settings: Callable[..., Config], tmp_path: Path
+    fisher: bool, both: tuple[Path, Path], settings: Callable[..., Config], tmp_path: Path
 ) -> None:
     runs = []
     for path in both:
         config = settings(path, calibrate=True)
+        config.compression.calibration.fisher = fisher
         run = Run.create(tmp_path / f"run-{path.name}", config)
         compress(run)
         runs.append(run)

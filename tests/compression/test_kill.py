@@ -65,18 +65,20 @@ def files_of(run: Path) -> dict[str, bytes]:
     return {**files, "compression.json": (run / "compression.json").read_bytes()}
 
 
-@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "sequential", "fisher"])
 def test_killed_at_random_moments(
-    sequential: bool, make_model: Callable[..., Any], tokenizer: Any, settings: Callable[..., Config], tmp_path: Path
+    kind: str, make_model: Callable[..., Any], tokenizer: Any, settings: Callable[..., Config], tmp_path: Path
 ) -> None:
     make_model("olmoe", num_hidden_layers=3).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     config = settings(tmp_path / "model", calibrate=True)
-    config.compression.calibration.sequential = sequential
+    config.compression.calibration.sequential = kind == "sequential"
+    config.compression.calibration.fisher = kind == "fisher"
+    config.compression.allocation = "greedy" if kind == "fisher" else "uniform"
     Run.create(tmp_path / "whole", config)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path), str(KILLS), f"seed {sequential}"],
+        [sys.executable, "-c", SCRIPT, str(tmp_path), str(KILLS), f"seed {kind}"],
         env=environment, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

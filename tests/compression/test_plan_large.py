@@ -154,11 +154,40 @@ def test_memory_and_disk_of_a_calibration(large: SourceModel, monkeypatch: pytes
     assert make_plan(large, config).disk_bytes == plan.disk_bytes  # too many to be kept: collected twice
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert make_plan(large, config).disk_bytes == plan.after.bytes + 4 * grams + states
-    monkeypatch.setattr(footprint, "layer_list", lambda *_: fails())
-
-    def fails() -> None:
-        raise footprint.DoesNotFit("its layers hand on more")
-
+    monkeypatch.setattr(footprint, "layer_list", does_not_fit)
     whole = make_plan(large, config)
     assert whole.disk_bytes == plan.after.bytes + LAYERS * grams
     assert whole.peak_stage == "calibration" and whole.peak_bytes > plan.before.bytes
+
+
+def does_not_fit(*_: Any) -> None:
+    raise footprint.DoesNotFit("its layers hand on more")
+
+
+def test_memory_and_disk_of_fisher_information(large: SourceModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer and what its backward pass needs of one batch; on disk, the hidden states before every layer."""
+    config = Config()
+    config.compression.target_ratio = 0.25
+    config.compression.calibration.fisher = True
+    plan = make_plan(large, config)
+    inner = HIDDEN**2 + INTERMEDIATE**2
+    grams = 4 * EXPERTS * (inner + (2 * INTERMEDIATE) ** 2 + HIDDEN**2)
+    layer = 2 * 3 * EXPERTS * HIDDEN * INTERMEDIATE
+    text, batch_size = config.compression.calibration.dataset, config.compression.calibration.batch_size
+    assert text.max_samples is not None
+    states = 2 * text.max_samples * text.max_length * HIDDEN
+    # Before each layer but the first, after the last one, and the gradients of what one layer takes and gives.
+    assert plan.disk_bytes == plan.after.bytes + grams + (LAYERS + 1) * states
+    calibration = footprint.peak_stages(large, config, plan.layers)["calibration"]
+    routed = 8 * (3 * INTERMEDIATE + 2 * HIDDEN)
+    least = layer + grams + 2 * VOCABULARY * HIDDEN + batch_size * text.max_length * 2 * routed
+    assert least < calibration < 1.5 * least + (2 << 30)
+    config.compression.calibration.batch_size *= 2
+    more = footprint.peak_stages(large, config, plan.layers)["calibration"]
+    assert more - calibration > batch_size * text.max_length * 2 * routed
+    monkeypatch.setattr(footprint, "layer_list", does_not_fit)
+    whole = make_plan(large, config)
+    assert whole.disk_bytes == plan.after.bytes + LAYERS * grams
+    logits = 4 * VOCABULARY
+    tokens = 2 * batch_size * text.max_length
+    assert whole.peak_bytes > plan.before.bytes + tokens * (LAYERS * 2 * routed + 4 * logits)

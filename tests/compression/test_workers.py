@@ -106,13 +106,14 @@ def four_layers(make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path) 
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "sequential", "fisher"])
 def test_two_processes_give_the_bytes_of_one(
-    sequential: bool, four_layers: Path, settings: Callable[..., Config], tmp_path: Path, one_thread: None
+    kind: str, four_layers: Path, settings: Callable[..., Config], tmp_path: Path, one_thread: None
 ) -> None:
     """And they continue what one process began."""
     config = settings(four_layers, calibrate=True)
-    config.compression.calibration.sequential = sequential
+    config.compression.calibration.sequential = kind == "sequential"
+    config.compression.calibration.fisher = kind == "fisher"
     single = Run.create(tmp_path / "single", config)
     compress(single)
     run = Run.create(tmp_path / "run", config)

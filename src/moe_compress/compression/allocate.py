@@ -168,7 +168,8 @@ def _curves_of_outputs(
         unseen = [index for index in missing if not calibration.finished(index)]
         if unseen:
             calibration.run(unseen, device, lambda done, total: None)
-    keep = walk is None or sum(gram_bytes(layer.experts) for layer in layers) <= GRAM_BYTES_AT_ONCE
+    fisher = calibration.fisher_seed is not None
+    keep = walk is None or sum(gram_bytes(layer.experts, fisher=fisher) for layer in layers) <= GRAM_BYTES_AT_ONCE
     for index in missing if walk is None else walk.run(lambda index: index in finished, never_compressed):
         curves = _layer_curves(source, config, device, index, calibration)
         facts = {

@@ -6,7 +6,8 @@ hidden states of the tokens routed to the expert, `down_proj` its gated activati
 
 With `compression.calibration.fisher` the text also runs backward, from the log-likelihood of tokens sampled from the
 model itself, and the gradients d of each expert's outputs take the place of g: G_e = sum of |d|^2 x x^T and
-S_e = sum of d d^T (see `factorization.grams`).
+S_e = sum of d d^T (see `factorization.grams`). What runs the text layer by layer is in `walk` and `backward`; here is
+what all share, and the run with the whole model in memory.
 
 The sums are collected by an experts implementation registered with Transformers, so that any architecture that
 dispatches its experts (`@use_experts_implementation`) is covered without touching its code. They are kept in fp32
@@ -30,7 +31,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moe_compress.compression.checkpoint import read_header, read_tensor
+from moe_compress.compression.checkpoint import made_by, read_header, read_tensor
+from moe_compress.compression.predictions import run_backward
 from moe_compress.compression.shards import split_by_size, tensor_source, write_shard
 from moe_compress.config import Config
 from moe_compress.data import packed_dataset
@@ -145,7 +147,7 @@ def _experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_
         elif sums is not None:
             sums.add(up_name, expert, inputs, weights)
             sums.add("down_proj", expert, hidden, weights)
-        output = output.index_add(0, tokens, (outputs * weights[:, None]).float())
+        output.index_add_(0, tokens, (outputs * weights[:, None]).float())
     if sums is not None:
         sums.tokens += counts
     return output.to(hidden_states.dtype)
@@ -210,7 +212,7 @@ def collect_grams(
     model.eval()
     with collect_into(by_module, by_module):
         if fisher_seed is not None:
-            _run_backward(model, batches, on_batch, fisher_seed)
+            run_backward(model, batches, on_batch, fisher_seed)
         else:
             with torch.inference_mode():
                 for batch in batches:
@@ -219,33 +221,6 @@ def collect_grams(
                     on_batch()
     model.train(training)
     return sums
-
-
-def _run_backward(model: PreTrainedModel, batches: Iterable[Tensor], on_batch: Callable[[], None], seed: int) -> None:
-    """Forward and backward from the log-likelihood of one token at each position, sampled from the prediction there.
-
-    No gradient of a parameter is formed: the embeddings' outputs are what the graph starts from.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    embeddings: Any = model.get_input_embeddings()
-    start = embeddings.register_forward_hook(lambda _, __, output: output.detach().requires_grad_())
-    try:
-        model.requires_grad_(False)
-        with torch.enable_grad():
-            for batch in batches:
-                logits = model(input_ids=batch.to(model.device), use_cache=False).logits.flatten(0, 1).float()
-                log_probs = logits.log_softmax(-1)
-                # Sampled by the inverse of the distribution, from draws of the CPU: the same on every device.
-                draws = torch.rand(len(log_probs), 1, generator=generator).to(log_probs.device)
-                cumulative = log_probs.detach().exp().cumsum(-1)
-                sampled = torch.searchsorted(cumulative, draws * cumulative[:, -1:]).clamp_max(logits.shape[-1] - 1)
-                (-log_probs.gather(-1, sampled).sum()).backward()
-                on_batch()
-    finally:
-        start.remove()
-        for parameter in wanted:
-            parameter.requires_grad_(True)
 
 
 class Calibration:
@@ -292,6 +267,13 @@ class Calibration:
         self.fisher_seed = config.seed if settings.fisher else None
         self._layers_before: dict[int, str] = {}
 
+    def order(self, count: int) -> list[int]:
+        """The indices of `count` MoE layers in the order in which their matrices become known.
+
+        Gradients come to the last layer first. All processes of a team hold to the order, whichever of them calibrates.
+        """
+        return list(range(count)) if self.fisher_seed is None else list(reversed(range(count)))
+
     @property
     def batches(self) -> tuple[Tensor, ...]:
         """The calibration text: token ids [B, L], every batch but the last of the same size."""
@@ -310,12 +292,7 @@ class Calibration:
 
     def finished(self, index: int) -> bool:
         """Whether the matrices of a layer are on disk and were made from the same model and text."""
-        if not self.file(index).exists():
-            return False
-        try:
-            return read_header(self.file(index)).metadata.get("fingerprint") == self.key(index)
-        except UserError:  # cut short by a full disk, say: make it again
-            return False
+        return made_by(self.file(index), self.key(index))
 
     def load(self, index: int) -> LayerGrams:
         """Read the matrices of one layer to main memory."""

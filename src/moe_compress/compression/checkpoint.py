@@ -131,6 +131,14 @@ def read_header(file: Path) -> Header:
     return Header(entries, metadata, hashlib.sha256(raw).hexdigest())
 
 
+def made_by(file: Path, key: str) -> bool:
+    """Whether a file of ours exists, whole, and says that `key` decided its content."""
+    try:
+        return file.exists() and read_header(file).metadata.get("fingerprint") == key
+    except UserError:  # cut short by a full disk, say: it has to be made again
+        return False
+
+
 def read_tensor(entry: TensorEntry) -> torch.Tensor:
     """Read one tensor from disk to main memory."""
     dtype = entry.torch_dtype

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
+from moe_compress.compression.backward import LOGITS_BYTES
 from moe_compress.compression.calibrate import GRAM_BYTES_AT_ONCE
-from moe_compress.compression.layerwise import DoesNotFit, compute_dtype, layer_list
+from moe_compress.compression.layerwise import DoesNotFit, compute_dtype, layer_list, picks_positions
 from moe_compress.compression.ranks import more_cores
 from moe_compress.compression.source import SourceModel
 from moe_compress.config import CalibrationConfig, Config
@@ -17,6 +21,7 @@ if TYPE_CHECKING:
 
 _LIBRARY_BYTES = 600 << 20  # interpreter, PyTorch and Transformers
 _TEMPORARIES = 8  # over a chunk of experts, in a step of a fit
+_LOGITS_COPIES = 7  # of logits in fp32: logarithms, probabilities, cumulative sums, gradients of some of these
 
 
 def peak_stages(source: SourceModel, config: Config, layers: list[LayerPlan]) -> dict[str, int]:
@@ -26,26 +31,39 @@ def peak_stages(source: SourceModel, config: Config, layers: list[LayerPlan]) ->
     if not settings.enabled:
         return {"fit": _LIBRARY_BYTES + fit}
     grams = [layer.gram_bytes for layer in layers]
-    width = compute_dtype(source, config.model).itemsize
+    model, width = source.map.model, compute_dtype(source, config.model).itemsize
+    tokens, length = settings.batch_size * settings.dataset.max_length, settings.dataset.max_length
+    logits = 4 * model.config.get_text_config().vocab_size  # of one token, in fp32
     try:
-        outside, largest = _parameters(source.map.model, [layer.name for layer in layers], settings)
+        parts = _parts(model, [layer.name for layer in layers])
     except DoesNotFit:  # then with the whole model in memory, which is gone when the fits begin
-        everything = width * sum(parameter.numel() for parameter in source.map.model.parameters())
-        at_once = min(sum(grams), max(GRAM_BYTES_AT_ONCE, *grams))
-        return {"fit": _LIBRARY_BYTES + fit, "calibration": _LIBRARY_BYTES + everything + at_once}
-    batch = 32 * settings.batch_size * settings.dataset.max_length * _hidden_size(source)  # a few activations in fp32
+        whole = width * sum(parameter.numel() for parameter in model.parameters())
+        whole += min(sum(grams), max(GRAM_BYTES_AT_ONCE, *grams))
+        if settings.fisher:
+            whole += tokens * (_kept(model, model, layers, width, length) + _LOGITS_COPIES * logits)
+        return {"fit": _LIBRARY_BYTES + fit, "calibration": _LIBRARY_BYTES + whole}
+    batch = 32 * tokens * _hidden_size(model)  # a few activations in fp32
+    if settings.fisher:
+        batch += tokens * max(_kept(block, model, layers, width, length) for block in parts.layers)
     # A layer's experts are there twice while they are joined; the sums are made after that.
     joining = max(max(projection.bytes_before for projection in layer.projections) for layer in layers)
-    walk = outside * width + largest * width + max(2 * joining, max(grams) + batch)
+    largest = max(sum(parameter.numel() for parameter in block.parameters()) for block in parts.layers)
+    walk = largest * width + max(2 * joining, max(grams) + batch)
+    if settings.fisher:  # the head comes when no layer is there
+        at_once = logits * length
+        at_once = min(at_once, max(LOGITS_BYTES, logits)) if picks_positions(model) else at_once
+        walk = max(walk, parts.head * width + _LOGITS_COPIES * at_once + batch)
     # The layers are fitted while the walk waits, which keeps what lies outside of them.
-    return {"fit": _LIBRARY_BYTES + outside * width + fit, "calibration": _LIBRARY_BYTES + walk}
+    outside = _LIBRARY_BYTES + parts.outside * width
+    return {"fit": outside + fit, "calibration": outside + walk}
 
 
 def disk_needed(source: SourceModel, config: Config, layers: list[LayerPlan], result: int) -> int:
     """Disk needed while a compression runs: its result, and what the calibration keeps.
 
     That is the Gram matrices of as many layers as there are processes (more wait for nobody), and the hidden states
-    before and after a layer, counted where `max_samples` says how much text there is.
+    before and after a layer, or with Fisher information before each layer and two files of gradients; these are counted
+    where `max_samples` says how much text there is.
 
     Args:
         result: bytes of the compressed checkpoint.
@@ -59,12 +77,14 @@ def disk_needed(source: SourceModel, config: Config, layers: list[LayerPlan], re
     if greedy and sum(grams) <= GRAM_BYTES_AT_ONCE:
         held = sum(grams)  # kept from measuring to fitting
     try:
-        _parameters(source.map.model, [layer.name for layer in layers], settings)
+        parts = _parts(source.map.model, [layer.name for layer in layers])
     except DoesNotFit:
         return result + sum(grams)
     tokens = (settings.dataset.max_samples or 0) * settings.dataset.max_length
-    states = 2 * tokens * _hidden_size(source) * compute_dtype(source, config.model).itemsize
-    return result + held + states
+    states = tokens * _hidden_size(source.map.model) * compute_dtype(source, config.model).itemsize
+    # The inputs of the first layer are the embeddings, which are not kept.
+    files = len(parts.layers) - max(parts.first, 1) + 2 if settings.fisher else 2
+    return result + held + files * states
 
 
 def _reading(layer: LayerPlan) -> int:
@@ -103,21 +123,52 @@ def _gram(projection: ProjectionPlan, features: int) -> int:
     return 4 * projection.experts * features**2
 
 
-def _parameters(model: Any, experts: list[str], settings: CalibrationConfig) -> tuple[int, int]:
-    """The number of parameters of the base model outside its decoder layers, and of the largest of these.
+@dataclass(frozen=True)
+class _Parts:
+    """A model as the layer by layer run takes it: its decoder layers, and the parameters outside of them."""
 
-    Raises:
-        DoesNotFit: the experts are not in one list of layers, or the calibration also runs backward.
-    """
-    if settings.fisher:
-        raise DoesNotFit("gradients go through all layers at once")
-    layers = model.get_submodule(layer_list(model, experts))
-    sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
+    layers: list[nn.Module]
+    first: int  # the first layer with experts
+    outside: int  # in the base model
+    head: int  # beside the base model, tied ones not counted
+
+
+def _parts(model: Any, experts: list[str]) -> _Parts:
+    """Raises DoesNotFit if the experts are not in one list of layers."""
+    path = layer_list(model, experts)
+    layers = model.get_submodule(path)
+    base = {id(parameter): parameter.numel() for parameter in model.base_model.parameters()}
     inside = {id(parameter) for parameter in layers.parameters()}
-    outside = sum(parameter.numel() for parameter in model.base_model.parameters() if id(parameter) not in inside)
-    return outside, max(sizes)
+    return _Parts(
+        list(layers),
+        min(int(name.removeprefix(f"{path}.").split(".")[0]) for name in experts),
+        sum(size for key, size in base.items() if key not in inside),
+        sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in base),
+    )
 
 
-def _hidden_size(source: SourceModel) -> int:
-    embedding: Any = source.map.model.get_input_embeddings()
-    return int(embedding.weight.shape[1])
+def _kept(block: nn.Module, model: Any, layers: list[LayerPlan], width: int, length: int) -> int:
+    """Bytes that a backward pass through some layers (or the whole model) needs of the forward pass, for one token.
+
+    That is, roughly, what goes into and comes out of each matrix, half as much again for what is done to it in between,
+    and the steps of norms and residual sums in fp32; where attention keeps its weights, also these.
+    """
+    config = model.config.get_text_config()
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    modules = {model.get_submodule(layer.name): layer for layer in layers}
+    apart = {id(parameter) for module in (*ends, *modules) if module is not None for parameter in module.parameters()}
+    matrices = [p for p in block.parameters() if p.ndim > 1 and id(p) not in apart]
+    values = sum(matrix.shape[0] + matrix.shape[1] for matrix in matrices)
+    for module in block.modules():
+        if module in modules:
+            layer = modules[module]
+            values += layer.top_k * sum(projection.rows + projection.columns for projection in layer.projections)
+    depth = config.num_hidden_layers if block is model else 1
+    steps = 8 * _hidden_size(model)
+    if getattr(config, "_attn_implementation", None) == "eager":
+        steps += 3 * config.num_attention_heads * length
+    return 3 * values * width // 2 + 4 * depth * steps
+
+
+def _hidden_size(model: Any) -> int:
+    return int(model.get_input_embeddings().weight.shape[1])

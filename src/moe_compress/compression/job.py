@@ -14,6 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from moe_compress.compression.backward import FisherWalk
 from moe_compress.compression.calibrate import Calibration
 from moe_compress.compression.layer import LayerSettings, fit_layer, layer_input
 from moe_compress.compression.layerwise import DoesNotFit, LayerwiseModel
@@ -40,6 +41,7 @@ class Job:
     ) -> None:
         self.source, self.settings, self.keys = source, settings, keys
         self.calibration, self.writer, self.progress, self.team = calibration, writer, progress, team
+        self.order = list(range(len(keys))) if calibration is None else calibration.order(len(keys))
         self.task = progress.add_task("fitting layers", total=len(keys), error="")
 
     def written(self, index: int) -> bool:
@@ -50,8 +52,8 @@ class Job:
         """Fit and write layers, as long as there are any that nobody else has taken."""
         if self.calibration is not None and self.calibration.sequential and not self.team.leads:
             return  # each layer waits for the one before it: the leader does them all
-        for index in self.team.take("layers", len(self.keys)):
-            self.fit(index)
+        for number in self.team.take("layers", len(self.order)):
+            self.fit(self.order[number])
 
     def fit(self, index: int) -> None:
         """Fit and write a layer that this process has taken, unless its shard is there already."""
@@ -79,7 +81,7 @@ class Job:
             walk: collects them layer by layer; None does it with the whole model in memory, all before the first fit.
         """
         assert self.calibration is not None
-        pending = [index for index in range(len(self.keys)) if not self.written(index)]
+        pending = [index for index in self.order if not self.written(index)]
         if walk is None:
             missing = [index for index in pending if not self.calibration.finished(index)]
             task = self._calibration_task(len(missing))
@@ -91,7 +93,7 @@ class Job:
                 self.team.publish(f"grams of {index}")
             return
         task = self._calibration_task(len(pending))
-        taken: list[int] = []  # by this process, their matrices yet to come
+        taken: list[int] = []  # places in `order`, by this process, their matrices yet to come
         walked = walk.run(
             self.written,
             self.writer.layer_parameters,
@@ -99,14 +101,15 @@ class Job:
         )
         for index in walked:
             self.team.publish(f"grams of {index}")
-            while index + 1 - self.team.add("layers", 0) >= (1 if self.calibration.sequential else self.team.size):
-                number = self.team.take_one("layers", len(self.keys))
+            reached = self.order.index(index)
+            while reached + 1 - self.team.add("layers", 0) >= (1 if self.calibration.sequential else self.team.size):
+                number = self.team.take_one("layers", len(self.order))
                 taken += [] if number is None else [number]
-            for number in [number for number in taken if number <= index]:
+            for number in [number for number in taken if number <= reached]:
                 taken.remove(number)
-                self.fit(number)
+                self.fit(self.order[number])
         for number in taken:
-            self.fit(number)
+            self.fit(self.order[number])
 
     def _calibration_task(self, pending: int) -> TaskID:
         assert self.calibration is not None
@@ -122,21 +125,15 @@ def calibration_walk(
 ) -> CalibrationWalk | None:
     """The calibration layer by layer, or None where the whole model runs at once.
 
-    That is so for Fisher information, which takes a backward pass, and (with a word about it) for an architecture that
-    does not fit.
+    That is so, with a word about it, for an architecture that does not fit.
 
     Raises:
         UserError: it does not fit, and the settings or the source leave no other way.
     """
-    if calibration.fisher_seed is not None:
-        if source.dequantized:
-            raise UserError(
-                f"{source.path} is quantized, so that it cannot be run backward; "
-                "set compression.calibration.fisher=false"
-            )
-        return None
     try:
         model = LayerwiseModel(source, config.model, device)
+        if calibration.fisher_seed is not None:
+            model.check_head()
     except DoesNotFit as reason:
         name = type(source.map.model).__name__
         if config.compression.calibration.sequential:
@@ -154,7 +151,8 @@ def calibration_walk(
             soft_wrap=True,
         )
         return None
-    return CalibrationWalk(model, calibration, [layer.experts for layer in source.map.layers])
+    walk = CalibrationWalk if calibration.fisher_seed is None else FisherWalk
+    return walk(model, calibration, [layer.experts for layer in source.map.layers])
 
 
 def copy_others(writer: CheckpointWriter, progress: Progress, team: Team) -> None:

@@ -3,23 +3,29 @@
 The model's own forward pass is kept: stand-ins take the place of its decoder layers, so that everything it computes
 around them (embeddings, masks, positions) reaches us as the arguments of a layer, whatever the architecture. A stand-in
 either hands its input on or, at the layer that is asked for, ends the pass. The real layers are built from the
-checkpoint when it is their turn. An architecture whose layers pass each other more than hidden states does not fit
-this; that is found out with stand-ins only, before any layer is read.
+checkpoint when it is their turn. What follows the layers (norm and language-model head) is run the same way: the last
+stand-in gives back hidden states that are known. An architecture whose layers pass each other more than hidden states
+does not fit this; that is found out with stand-ins only, before any layer is read.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from moe_compress.compression.mapping import Feed, map_checkpoint, meta_model
 from moe_compress.compression.source import SourceModel
 from moe_compress.config import ModelConfig
+from moe_compress.errors import first_line
 
 
 class DoesNotFit(Exception):
@@ -69,15 +75,17 @@ class _StandIn(nn.Module):
 
 
 class LayerwiseModel:
-    """The base model of a checkpoint, to be run one decoder layer at a time.
+    """The model of a checkpoint, to be run one decoder layer at a time.
 
     Attributes:
         moe_layers: for each decoder layer, the indices of the MoE layers (of `source.map.layers`) in it.
         config: the configuration that the layers look at.
+        vocabulary: how many logits a position has.
+        picks: whether the head can be run at some positions only; else `logits` costs the same for few as for all.
     """
 
     def __init__(self, source: SourceModel, settings: ModelConfig, device: torch.device) -> None:
-        """Read what lies outside the decoder layers, and try whether the architecture fits.
+        """Read what the base model has outside its decoder layers, and try whether the architecture fits.
 
         Raises:
             DoesNotFit: it does not; the message says why.
@@ -105,19 +113,26 @@ class LayerwiseModel:
             {layer.index: layer.name.removeprefix(prefix) for layer in mapped.layers if layer.name.startswith(prefix)}
             for prefix in prefixes
         ]
+        self._ties = _ties(self.model)
         for number, layer in enumerate(self.layers):
             modules[number] = _StandIn(layer, number, self)
         self._path = path
-        self._fill(self._base, next(name for name, module in self.model.named_modules() if module is self._base))
+        inside = set(self._base.modules())
+        self._others = [(name, module) for name, module in self.model.named_modules() if module not in inside]
+        self._fill((name, module) for name, module in self.model.named_modules() if module in inside)
         self._stop: int | None = None
+        self._last: Tensor | None = None
         self._as_tuple = False
-        self._seen: list[Tensor] = []
+        self._seen: list[Tensor] | None = None
         self._check()
+        self.vocabulary = int(self.config.get_text_config().vocab_size)
+        self.picks = picks_positions(self.model)
 
     def layer(self, number: int) -> nn.Module:
         """A decoder layer with its weights, on the device, in evaluation mode."""
         block = deepcopy(self.layers[number])
-        self._fill(block, f"{self._path}.{number}")
+        root = f"{self._path}.{number}"
+        self._fill([(f"{root}.{name}" if name else root, module) for name, module in block.named_modules()])
         return block
 
     def experts(self, block: nn.Module, number: int) -> dict[int, nn.Module]:
@@ -138,38 +153,96 @@ class LayerwiseModel:
             self._stop = None
         raise DoesNotFit(f"its forward pass does not come to layer {number}")
 
+    @contextmanager
+    def head(self) -> Iterator[None]:
+        """A block in which what the model has beside its base, the language-model head, is in memory too."""
+        self._fill(self._others)
+        try:
+            yield
+        finally:
+            for _, module in self._others:
+                for key, parameter in module.named_parameters(recurse=False):
+                    module.register_parameter(key, nn.Parameter(torch.empty_like(parameter, device="meta"), False))
+
+    def logits(self, input_ids: Tensor, hidden_states: Tensor, start: int, stop: int) -> Tensor:
+        """The logits at the positions from `start` up to `stop`, given what the last decoder layer has put out.
+
+        To be called within `head`; gradients go to the hidden states.
+
+        Args:
+            input_ids: [B, L].
+            hidden_states: [B, L, H].
+
+        Returns:
+            [B, stop - start, V].
+        """
+        self._last = hidden_states
+        positions = torch.arange(start, stop, device=self.device)
+        picked = {"logits_to_keep": positions} if self.picks else {}
+        try:
+            logits: Tensor = self.model(input_ids=input_ids.to(self.device), use_cache=False, **picked).logits
+        finally:
+            self._last = None
+        return logits if self.picks else logits[:, start:stop]
+
+    def check_head(self) -> None:
+        """Try whether the head can be run, and backward, from the hidden states after the last layer.
+
+        Raises:
+            DoesNotFit: it cannot.
+        """
+        ids = torch.ones(1, 4, dtype=torch.long, device=self.device)
+        states = self.call(0, ids).hidden_states.detach().requires_grad_()
+        with self.head():
+            try:
+                with torch.enable_grad():
+                    logits = self.logits(ids, states, 1, 3)
+                    logits.float().logsumexp(-1).sum().backward()
+            except Exception as error:  # whatever a model raises whose head asks for more
+                raise DoesNotFit(f"its head cannot be run by itself ({first_line(error)})") from error
+        if logits.shape[:2] != (1, 2) or states.grad is None:
+            raise DoesNotFit("its head takes more than the hidden states of its last layer")
+
     def _on_layer(self, number: int, call: LayerCall) -> Any:
         if self._stop == number:
             raise _Reached(call)
-        self._seen.append(call.hidden_states)
-        return (call.hidden_states,) if self._as_tuple else call.hidden_states
+        hidden_states = call.hidden_states
+        if self._seen is not None:
+            self._seen.append(hidden_states)
+        if self._last is not None and number == len(self.layers) - 1:
+            hidden_states = self._last
+        return (hidden_states,) if self._as_tuple else hidden_states
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _check(self) -> None:
         """Whether hidden states, and nothing else, go from layer to layer, each once and in order."""
         ids = torch.ones(1, 4, dtype=torch.long, device=self.device)
         reason = ""
         for self._as_tuple in (False, True):
-            self._seen = []
+            seen: list[Tensor] = []
+            self._seen = seen
             try:
                 self._base(input_ids=ids, use_cache=False)
             except Exception as error:  # whatever a model raises that does not get from its layers what it expects
                 reason = f"its layers hand on more than hidden states ({type(error).__name__}: {error})"
                 continue
-            if len(self._seen) == len(self.layers) and all(seen is self._seen[0] for seen in self._seen):
-                self._seen = []
+            finally:
+                self._seen = None
+            if len(seen) == len(self.layers) and all(states is seen[0] for states in seen):
                 return
             reason = "something happens to the hidden states between its layers"
         raise DoesNotFit(" ".join(reason.split()))
 
     @torch.no_grad()
-    def _fill(self, root: nn.Module, root_name: str) -> None:
-        """Give every parameter and buffer below `root`, whose name in the model is given, its value, on the device."""
+    def _fill(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
+        """Give every parameter and buffer of modules, by their names in the model, its value, on the device."""
         made: dict[str, Tensor] = {}
-        for relative, module in list(root.named_modules()):
-            prefix = "".join(f"{part}." for part in (root_name, relative) if part)
+        for name, module in list(modules):
+            prefix = f"{name}." if name else ""
             for key, parameter in list(module.named_parameters(recurse=False)):
                 value = self._value(prefix + key, parameter, made)
+                if value is None:
+                    value = self._tied_value(prefix + key)
                 if value is None:
                     raise DoesNotFit(f"the parameter {prefix}{key} has no tensor of its own in the checkpoint")
                 module.register_parameter(key, nn.Parameter(value, requires_grad=False))
@@ -204,6 +277,26 @@ class LayerwiseModel:
             dtype = torch.float32
         return value.to(self.device, dtype if value.is_floating_point() else value.dtype)
 
+    def _tied_value(self, name: str) -> Tensor | None:
+        """The tensor of a parameter that is tied to one of the base model (or makes that one, if it is the stored)."""
+        for partner in self._ties.get(name, ()):
+            parameter = self.model.get_parameter(partner)
+            value = self._value(partner, parameter, {}) if parameter.is_meta else parameter.detach()
+            if value is not None:
+                return value
+        return None
+
+
+def _ties(model: Any) -> dict[str, list[str]]:
+    """For each parameter that is tied to others, their names."""
+    groups: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), set()).add(name)
+    for name, partner in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        both = groups[id(model.get_parameter(name))] | groups[id(model.get_parameter(partner))]
+        groups.update({id(model.get_parameter(each)): both for each in both})
+    return {name: sorted(names - {name}) for names in groups.values() if len(names) > 1 for name in names}
+
 
 def layer_list(model: nn.Module, names: list[str]) -> str:
     """The name of the list of decoder layers: the outermost one around the experts, the same for all.
@@ -223,6 +316,11 @@ def layer_list(model: nn.Module, names: list[str]) -> str:
     if len(found) != 1 or "" in found:
         raise DoesNotFit("its MoE layers are not in one list of layers")
     return found.pop()
+
+
+def picks_positions(model: PreTrainedModel) -> bool:
+    """Whether a model's forward pass can be asked for the logits of some positions only."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def compute_dtype(source: SourceModel, settings: ModelConfig) -> torch.dtype:

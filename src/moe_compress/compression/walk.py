@@ -9,18 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from itertools import takewhile
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from moe_compress.compression.calibrate import Calibration, LayerGrams, collect_into
-from moe_compress.compression.checkpoint import read_header, read_tensor
-from moe_compress.compression.layerwise import LayerwiseModel
-from moe_compress.compression.shards import Source, tensor_source, write_shard
-from moe_compress.errors import UserError
+from moe_compress.compression.layerwise import LayerCall, LayerwiseModel
+from moe_compress.compression.states import StateFile
 from moe_compress.factorization import Factors
 from moe_compress.files import fingerprint
 from moe_compress.modeling import ExpertsModule
@@ -44,7 +40,8 @@ class CalibrationWalk:
         compressed: Callable[[int], Parameters],
         progress: Callable[[int, int], None] = lambda *_: None,
     ) -> Iterator[int]:
-        """Yield the index of each MoE layer that is not `done`, in order, once its matrices are on disk.
+        """Yield the index of each MoE layer that is not `done`, in the order of `Calibration.order`, once its matrices
+        are on disk.
 
         With `calibration.sequential`, the caller has to compress the layer before it asks for the next one.
 
@@ -54,15 +51,20 @@ class CalibrationWalk:
             progress: called with the decoder layers done and those to do.
         """
         self.calibration.directory.mkdir(parents=True, exist_ok=True)
-        todo = [index for layers in self.model.moe_layers for index in layers if not done(index)]
+        todo = [index for index in self.calibration.order(len(self.experts)) if not done(index)]
         if not self.calibration.sequential:  # what an interrupted walk has left can be used before going on
             ready = list(takewhile(self.calibration.finished, todo))
             yield from ready
             todo = todo[len(ready) :]
-        if not todo:
-            return
-        wanted = [number for number, layers in enumerate(self.model.moe_layers) if not set(todo).isdisjoint(layers)]
-        first, last = self._start(wanted[0]), wanted[-1]
+        if todo:
+            yield from self._through(todo, compressed, progress)
+
+    def _through(
+        self, todo: list[int], compressed: Callable[[int], Parameters], progress: Callable[[int, int], None]
+    ) -> Iterator[int]:
+        """Run the text and yield the MoE layers `todo`, of which there are some, as `run` does."""
+        last = self._holding(todo[-1])
+        first = self._reached(self._holding(todo[0]))
         for number in range(first, last + 1):
             layers = self.model.moe_layers[number]
             here = [index for index in layers if index in todo]
@@ -79,92 +81,87 @@ class CalibrationWalk:
                     self._pass(number, missing, onward=onward)
                 yield from here
             progress(number - first + 1, last - first + 1)
-        self._file(last).unlink(missing_ok=True)
+        self._inputs(last).remove()
 
-    @torch.inference_mode()
     def _pass(
         self,
         number: int,
         collect: list[int],
         *,
         onward: bool,
+        keep: bool = False,
         compressed: Mapping[int, Parameters] | None = None,
     ) -> None:
-        """Run all batches through one decoder layer.
+        """Run all batches forward through one decoder layer.
 
         Args:
             collect: MoE layers in it whose matrices are collected and written.
             onward: whether the outputs are kept, as inputs of the next layer.
+            keep: whether its own inputs are kept even then.
             compressed: what to run its MoE layers with instead of the original experts.
         """
+        self._collect(number, collect, self._outputs, self._inputs(number + 1) if onward else None, compressed)
+        if onward and not keep:
+            self._inputs(number).remove()
+
+    @torch.no_grad()
+    def _collect(
+        self,
+        number: int,
+        collect: list[int],
+        run: Callable[[nn.Module, int], Iterator[Tensor]],
+        results: StateFile | None,
+        compressed: Mapping[int, Parameters] | None = None,
+    ) -> None:
+        """Read a decoder layer, `run` it on all batches, keep the results if a file is given, and write the matrices of
+        the MoE layers `collect` in it."""
         block = self.model.layer(number)
         modules = self.model.experts(block, number)
         for index, parameters in (compressed or {}).items():
             _put(modules[index], self.experts[index], parameters)
-        device, counts_only = self.model.device, self.calibration.counts_only
-        sums = {index: LayerGrams.zeros(self.experts[index], device, counts_only=counts_only) for index in collect}
+        options = {"fisher": self.calibration.fisher_seed is not None, "counts_only": self.calibration.counts_only}
+        sums = {index: LayerGrams.zeros(self.experts[index], self.model.device, **options) for index in collect}
         with collect_into({modules[index]: layer for index, layer in sums.items()}, modules.values()):
-            outputs = self._outputs(block, number)
-            if onward:
-                self._write(number + 1, outputs)
+            states = run(block, number)
+            if results is not None:
+                results.write(states, len(self.calibration.rows))
             else:
-                for _ in outputs:
+                for _ in states:
                     pass
         for index, layer in sums.items():
             self.calibration.write(index, layer)
-        if onward:
-            self._file(number).unlink(missing_ok=True)
 
     def _outputs(self, block: nn.Module, number: int) -> Iterator[Tensor]:
-        entries = read_header(self._file(number)).entries if number else {}
-        for batch, input_ids in enumerate(self.calibration.batches):
+        for _, call, hidden_states in self._calls(number):
+            yield call.run(block, hidden_states)
+
+    def _calls(self, number: int) -> Iterator[tuple[slice, LayerCall, Tensor]]:
+        """What a decoder layer is called with, batch by batch: which sequences these are, and its inputs [B, L, H]."""
+        inputs, done = self._inputs(number), 0
+        for input_ids in self.calibration.batches:
+            rows = slice(done, done + len(input_ids))
             call = self.model.call(number, input_ids)
-            hidden_states = read_tensor(entries[_name(batch)]) if number else call.hidden_states
-            yield call.run(block, hidden_states.to(self.model.device))
+            hidden_states = inputs.read(rows.start, rows.stop) if number else call.hidden_states
+            yield rows, call, hidden_states.to(self.model.device)
+            done = rows.stop
 
-    def _write(self, number: int, outputs: Iterator[Tensor]) -> None:
-        """Write the inputs of a decoder layer as they are computed, so that one batch at a time is in memory."""
-        first = next(outputs)
+    def _holding(self, index: int) -> int:
+        """The decoder layer that holds a MoE layer."""
+        return next(number for number, layers in enumerate(self.model.moe_layers) if index in layers)
 
-        def chunks(batch: int) -> Iterator[bytearray | memoryview]:
-            output = first if batch == 0 else next(outputs)
-            yield from tensor_source(output).chunks()
+    def _reached(self, number: int) -> int:
+        """The last decoder layer up to `number` whose inputs are at hand; those of the first one always are."""
+        return next((candidate for candidate in range(number, 0, -1) if self._inputs(candidate).exists()), 0)
 
-        pattern = tensor_source(first[:1])
-        sources = {
-            _name(batch): Source(
-                pattern.dtype,
-                (len(input_ids), *pattern.shape[1:]),
-                len(input_ids) * pattern.nbytes,
-                partial(chunks, batch),
-            )
-            for batch, input_ids in enumerate(self.calibration.batches)
-        }
-        write_shard(self._file(number), sources, {"fingerprint": self._key(number)})
-
-    def _start(self, number: int) -> int:
-        """The decoder layer to begin with so that `number` is reached: the last one whose inputs are on disk."""
-        for candidate in range(number, 0, -1):
-            file = self._file(candidate)
-            try:
-                if file.exists() and read_header(file).metadata.get("fingerprint") == self._key(candidate):
-                    return candidate
-            except UserError:  # cut short: make it again
-                continue
-        return 0
+    def _inputs(self, number: int) -> StateFile:
+        """The inputs of a decoder layer, or, for the number of layers, what the last one puts out."""
+        return StateFile(self.calibration.directory / f"inputs-{number:05d}.safetensors", self._key(number))
 
     def _key(self, number: int) -> str:
         """What decides the inputs of a decoder layer: for a sequential calibration, also the layers before it."""
         before = [index for layers in self.model.moe_layers[:number] for index in layers]
         nearest = max(before, default=-1) + 1  # the MoE layer that comes next, which follows those before
         return fingerprint([self.calibration.key(nearest), number])
-
-    def _file(self, number: int) -> Path:
-        return self.calibration.directory / f"inputs-{number:05d}.safetensors"
-
-
-def _name(batch: int) -> str:
-    return f"batch-{batch:06d}"
 
 
 def _put(module: nn.Module, experts: ExpertsModule, parameters: Parameters) -> None:

@@ -16,16 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from moe_compress.compression.checkpoint import DTYPE_NAMES, read_header
+from moe_compress.compression.checkpoint import made_by
 from moe_compress.compression.layerwise import DoesNotFit, LayerwiseModel
-from moe_compress.compression.shards import Source, tensor_source, write_shard
 from moe_compress.compression.source import open_model
+from moe_compress.compression.states import StateFile
 from moe_compress.distillation.data import TrainingOrder, collate
 from moe_compress.distillation.layerfit import LayerFit
 from moe_compress.distillation.losses import IGNORED
@@ -105,7 +104,7 @@ class BlockwiseTraining:
 
     def finished(self, index: int) -> bool:
         """Whether a MoE layer has been learnt, with these settings."""
-        return _made_by(self.layer_file(index), self.key)
+        return made_by(self.layer_file(index), self.key)
 
     def train(self) -> None:
         """Train the layers of this process, but for those that an interrupted attempt has finished."""
@@ -114,7 +113,7 @@ class BlockwiseTraining:
             return
         self.inputs_directory.mkdir(parents=True, exist_ok=True)
         wanted = [number for number, layers in enumerate(self.teacher.moe_layers) if not set(todo).isdisjoint(layers)]
-        first = next((n for n in range(wanted[0], 0, -1) if _made_by(self._inputs_file(n), self.key)), 0)
+        first = next((n for n in range(wanted[0], 0, -1) if self._inputs(n).exists()), 0)
         bar = tqdm(
             total=(wanted[-1] + 1 - first) * self.stage.steps, disable=not self.main, mininterval=1.0, unit="step"
         )
@@ -123,7 +122,7 @@ class BlockwiseTraining:
                 here = [index for index in self.teacher.moe_layers[number] if index in todo]
                 bar.set_description(f"{self.stage.name}: layer {number + 1} of {len(self.teacher.moe_layers)}")
                 self._pass(number, here, bar, onward=number < wanted[-1])
-        self._inputs_file(wanted[-1]).unlink(missing_ok=True)
+        self._inputs(wanted[-1]).remove()
 
     def load_into(self, student: nn.Module) -> None:
         """Give a student what all processes have learnt; waits for those that are not ready."""
@@ -145,12 +144,12 @@ class BlockwiseTraining:
                     stack.callback(handle.remove)
             outputs = self._outputs(block, number, fits, bar)
             if onward:
-                self._write(number + 1, outputs)
+                self._inputs(number + 1).write(outputs, len(self.order))
             else:
                 for _ in outputs:
                     pass
         if onward:
-            self._inputs_file(number).unlink(missing_ok=True)
+            self._inputs(number).remove()
 
     def _fit(self, index: int) -> LayerFit:
         name = self.names[index]
@@ -176,7 +175,7 @@ class BlockwiseTraining:
                 padding = (0, self.run.config.distillation.dataset.max_length - batch["labels"].shape[1])
                 labels = functional.pad(batch["labels"], padding, value=IGNORED)
                 call = self.teacher.call(number, functional.pad(batch["input_ids"], padding))
-                hidden = call.hidden_states if number == 0 else self._read(number, start, stop)
+                hidden = call.hidden_states if number == 0 else self._inputs(number).read(start, stop)
                 for fit in fits.values():
                     fit.expect(_not_padding(labels), share=(stop - start) / per_step)
                 yield call.run(block, hidden.to(self.device))
@@ -205,26 +204,9 @@ class BlockwiseTraining:
             self.modules[index].to("cpu")
             tqdm.write(f"{name}: error {fit.first_error:.4f} -> {fit.last_error:.4f}")
 
-    def _read(self, number: int, start: int, stop: int) -> Tensor:
-        with safe_open(self._inputs_file(number), "pt") as file:
-            return file.get_slice("hidden")[start:stop]
-
-    def _write(self, number: int, outputs: Iterator[Tensor]) -> None:
-        """Write the inputs of a decoder layer as they are computed, so that one batch at a time is in memory."""
-        first = next(outputs)
-
-        def chunks() -> Iterator[bytearray | memoryview]:
-            yield from tensor_source(first).chunks()
-            for output in outputs:
-                yield from tensor_source(output).chunks()
-
-        shape = (len(self.order), *first.shape[1:])
-        nbytes = len(self.order) * first[0].nbytes
-        source = Source(DTYPE_NAMES[first.dtype], shape, nbytes, chunks)
-        write_shard(self._inputs_file(number), {"hidden": source}, {"fingerprint": self.key})
-
-    def _inputs_file(self, number: int) -> Path:
-        return self.inputs_directory / f"inputs-{number:05d}.safetensors"
+    def _inputs(self, number: int) -> StateFile:
+        """The teacher's hidden states before a decoder layer."""
+        return StateFile(self.inputs_directory / f"inputs-{number:05d}.safetensors", self.key)
 
 
 def _those_below(name: str, group: ParameterGroup) -> tuple[list[str], list[nn.Parameter]]:
@@ -238,12 +220,3 @@ def _not_padding(labels: Tensor) -> Tensor:
     places = torch.arange(labels.shape[1])
     last = torch.where(labels != IGNORED, places, -1).amax(1, keepdim=True)
     return (places <= last).flatten()
-
-
-def _made_by(path: Path, key: str) -> bool:
-    if not path.exists():
-        return False
-    try:
-        return read_header(path).metadata.get("fingerprint") == key
-    except UserError:  # cut short: make it again
-        return False
