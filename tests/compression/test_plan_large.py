@@ -90,6 +90,7 @@ def planned(source: SourceModel, **changes: Any) -> Plan:
     config = Config()
     config.model.name = str(source.path)
     config.compression.calibration.enabled = False
+    config.compression.cores, config.compression.input_basis = 1, 0.0
     for key, value in changes.items():
         setattr(config.compression, key, value)
     plan = make_plan(source, config)
@@ -138,6 +139,7 @@ def test_memory_and_disk_of_a_calibration(large: SourceModel, monkeypatch: pytes
     """One layer and its matrices, whatever the number of layers; on disk, the matrices that wait for their fit."""
     config = Config()
     config.compression.target_ratio = 0.25
+    config.compression.calibration.fisher = False
     plan = make_plan(large, config)
     grams = 4 * EXPERTS * (HIDDEN**2 + INTERMEDIATE**2)
     layer = 3 * EXPERTS * HIDDEN * INTERMEDIATE

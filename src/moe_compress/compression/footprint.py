@@ -98,6 +98,7 @@ def _reading(layer: LayerPlan) -> int:
 
 def _fitting(layer: LayerPlan, settings: CalibrationConfig, cores: int | str) -> int:
     """While a layer is fitted: its weights as read and with their neurons permuted, factors in fp32, temporaries."""
+    fisher = settings.enabled and settings.fisher
     weights = 2 * layer.bytes_before
     factors = sum(4 * projection.parameters_after for projection in layer.projections)
     working = []
@@ -105,13 +106,13 @@ def _fitting(layer: LayerPlan, settings: CalibrationConfig, cores: int | str) ->
         one = 4 * projection.rows * projection.columns
         chunk = min(max(CHUNK_BYTES, one), 4 * projection.parameters_before)
         gram = _gram(projection, projection.columns) * settings.enabled
-        gram += _gram(projection, projection.rows) * settings.fisher
+        gram += _gram(projection, projection.rows) * fisher
         grouped = projection.bytes_before + 2 * gram if _may_group(projection, cores) else 0  # the experts of a group
         # Shrunk, then scaled and damped, and their roots.
         working.append(_TEMPORARIES * chunk + 3 * gram + grouped)
     up, down = layer.projections
     grams = (layer.gram_bytes + _gram(down, down.columns)) * settings.enabled  # that of the neurons is permuted
-    grams += _gram(up, up.rows) * settings.fisher
+    grams += _gram(up, up.rows) * fisher
     return weights + factors + grams + max(working)
 
 
