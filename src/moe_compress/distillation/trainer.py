@@ -261,6 +261,8 @@ class DistillationTrainer(Trainer):
         # Gathering a sharded state is a collective: every rank takes part, rank 0 gets it.
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         state = self.accelerator.get_state_dict(self.model_wrapped) if sharded else student.state_dict()
+        if self.is_deepspeed_enabled:
+            state = _with_full_precision(student, state)
         if self.is_world_process_zero():
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             save_student(student, state, self.dtypes, self._saving, self.run.checkpoint(0))
@@ -271,3 +273,19 @@ class DistillationTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing: the student was loaded from the checkpoint, fp32 weights included, before the Trainer was made."""
+
+
+def _with_full_precision(student: nn.Module, state: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """A state gathered by DeepSpeed, with the fp32 weights that it keeps beside the 16-bit ones; a collective."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    state, full = dict(state or {}), {}
+    # Tied weights have two names and must stay one tensor.
+    for name, parameter in student.named_parameters(remove_duplicate=False):
+        if id(parameter) not in full:
+            value = safe_get_full_fp32_param(parameter)
+            full[id(parameter)] = None if value is None else value.detach().to("cpu", copy=True)
+        value = full[id(parameter)]
+        if name in state and value is not None:
+            state[name] = value
+    return state
