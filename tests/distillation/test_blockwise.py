@@ -6,18 +6,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from moe_compress.config import StageConfig
+from moe_compress.data import rows_in_memory
 from moe_compress.distillation import distill
 from moe_compress.distillation import layerfit as layerfit_module
 from moe_compress.distillation.blockwise import BLOCKWISE_LOG
+from moe_compress.distillation.data import TrainingOrder
 from moe_compress.distillation.layerfit import LayerFit
 from moe_compress.errors import UserError
-from moe_compress.modeling import find_experts, find_shared_cores, load_model
+from moe_compress.modeling import find_experts, find_shared_cores, load_model, load_tokenizer
 from moe_compress.run import Run
 
 from .conftest import MakeRun
@@ -99,6 +102,48 @@ def test_a_killed_stage_goes_on_with_the_next_layer_and_training_follows(
     assert len(taken) == 6 + 4  # the first layer is not trained again
     assert changed(weights(whole, 6), weights(broken, 6)) == set()
     assert log_of(broken) == log_of(whole)
+
+
+@pytest.mark.parametrize("packing", ["isolate", "truncate"])
+def test_layers_learn_from_what_the_teacher_does_with_tokens_and_documents(
+    make_compressed_run: MakeRun, teacher_dir: Path, monkeypatch: pytest.MonkeyPatch, packing: str
+) -> None:
+    """The whole teacher, called document by document without padding, must see the same in its experts."""
+    run = make_compressed_run(stages=[blockwise(2)], per_device_train_batch_size=3)
+    run.config.distillation.dataset.packing = packing
+    learnt: dict[int, list[Tensor]] = {}
+
+    def look(self: LayerFit, original: Any, arguments: Any, keywords: Any, output: Tensor) -> None:
+        rows = self._rows.nonzero().squeeze(-1)
+        learnt.setdefault(id(self), []).append(torch.cat([arguments[0][rows], output[rows]], -1).detach().clone())
+        see(self, original, arguments, keywords, output)
+
+    see = LayerFit.see
+    monkeypatch.setattr(LayerFit, "see", look)
+    distill(run)
+
+    dataset = run.config.distillation.dataset
+    rows = rows_in_memory(dataset, load_tokenizer(str(teacher_dir)), run.config.seed)
+    order = TrainingOrder(rows, seed=run.config.seed, first=0, count=6)
+    parts = []
+    for row in (order[item] for item in range(6)):
+        cuts = np.flatnonzero(np.diff(row["documents"])) + 1
+        parts += np.split(row["input_ids"], cuts)
+    assert len({len(part) for part in parts}) > 2  # documents of several lengths
+    seen: dict[Any, list[Tensor]] = {}
+
+    def record(module: Any, arguments: Any, keywords: Any, output: Tensor) -> None:
+        seen.setdefault(module, []).append(torch.cat([arguments[0], output], -1))
+
+    teacher = load_model(str(teacher_dir), dtype="float32")
+    for facts in find_experts(teacher):
+        facts.module.register_forward_hook(record, with_kwargs=True)
+    with torch.no_grad():
+        for part in parts:
+            teacher(torch.from_numpy(part).long()[None])
+    assert len(learnt) == len(seen) == 2
+    for mine, theirs in zip(learnt.values(), seen.values(), strict=True):
+        torch.testing.assert_close(torch.cat(mine), torch.cat(theirs), atol=1e-5, rtol=1e-4)
 
 
 def test_only_what_the_stage_names_trains(make_compressed_run: MakeRun) -> None:

@@ -139,14 +139,18 @@ class LayerwiseModel:
         """The experts modules of a decoder layer that `layer` gave, by the index of the MoE layer."""
         return {index: block.get_submodule(name) for index, name in self._experts_inside[number].items()}
 
-    def call(self, number: int, input_ids: Tensor) -> LayerCall:
+    def call(self, number: int, input_ids: Tensor, position_ids: Tensor | None = None) -> LayerCall:
         """What the model calls a decoder layer with for token ids [B, L].
 
         The hidden states are those of the embedding: right for the first layer, of the right shape for the others.
+
+        Args:
+            position_ids: [B, L]; where they start anew, Transformers lets no attention across. None counts from 0.
         """
         self._stop = number
+        positions = {} if position_ids is None else {"position_ids": position_ids.to(self.device)}
         try:
-            self._base(input_ids=input_ids.to(self.device), use_cache=False)
+            self._base(input_ids=input_ids.to(self.device), use_cache=False, **positions)
         except _Reached as reached:
             return reached.call
         finally:

@@ -9,12 +9,13 @@ so no layer depends on how well another one was learnt, and processes may divide
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -27,7 +28,6 @@ from moe_compress.compression.source import open_model
 from moe_compress.compression.states import StateFile
 from moe_compress.distillation.data import TrainingOrder, collate
 from moe_compress.distillation.layerfit import LayerFit
-from moe_compress.distillation.losses import IGNORED
 from moe_compress.distillation.parameters import ParameterGroup
 from moe_compress.distillation.stages import Stage
 from moe_compress.distillation.teachers import teacher_path
@@ -171,19 +171,32 @@ class BlockwiseTraining:
             starts = range((step - 1) * per_step, step * per_step, size)
             for start in starts:
                 stop = min(start + size, step * per_step)
-                batch = collate([self.order[item] for item in range(start, stop)])
-                padding = (0, self.run.config.distillation.dataset.max_length - batch["labels"].shape[1])
-                labels = functional.pad(batch["labels"], padding, value=IGNORED)
-                call = self.teacher.call(number, functional.pad(batch["input_ids"], padding))
+                records = [self.order[item] for item in range(start, stop)]
+                batch, tokens = self._teacher_inputs(records)
+                call = self.teacher.call(number, **batch)
                 hidden = call.hidden_states if number == 0 else self._inputs(number).read(start, stop)
                 for fit in fits.values():
-                    fit.expect(_not_padding(labels), share=(stop - start) / per_step)
+                    fit.expect(tokens, share=(stop - start) / per_step)
                 yield call.run(block, hidden.to(self.device))
             for index, fit in fits.items():
                 self._take_step(index, fit, step)
             bar.update()
             if fits and step % self.training.logging_steps == 0:
                 bar.set_postfix(error=f"{next(iter(fits.values())).last_error:.4g}", refresh=False)
+
+    def _teacher_inputs(self, records: Sequence[Mapping[str, np.ndarray]]) -> tuple[dict[str, Tensor], Tensor]:
+        """What the teacher is called with for some sequences, all padded to the same length; which places are tokens.
+
+        Returns:
+            `input_ids` and, where documents are isolated, `position_ids`, int64 `[batch, length]`; bool
+            `[batch * length]`.
+        """
+        dataset = self.run.config.distillation.dataset
+        batch = collate(records, isolate=dataset.packing == "isolate")
+        padding = (0, dataset.max_length - batch["input_ids"].shape[1])
+        inputs = {name: functional.pad(batch[name], padding) for name in ("input_ids", "position_ids") if name in batch}
+        lengths = torch.tensor([len(record["input_ids"]) for record in records])
+        return inputs, (torch.arange(dataset.max_length) < lengths[:, None]).flatten()
 
     def _take_step(self, index: int, fit: LayerFit, step: int) -> None:
         fit.step()
@@ -213,10 +226,3 @@ def _those_below(name: str, group: ParameterGroup) -> tuple[list[str], list[nn.P
     pairs = zip(group.names, group.parameters, strict=True)
     chosen = [pair for pair in pairs if pair[0].startswith(f"{name}.")]
     return [name for name, _ in chosen], [parameter for _, parameter in chosen]
-
-
-def _not_padding(labels: Tensor) -> Tensor:
-    """Which places of a batch `[batch, length]` are not after the last label of their row, flat."""
-    places = torch.arange(labels.shape[1])
-    last = torch.where(labels != IGNORED, places, -1).amax(1, keepdim=True)
-    return (places <= last).flatten()
