@@ -123,7 +123,15 @@ def step_table(options: argparse.Namespace) -> str:
                 # Not the first step, which makes the optimizer's state, nor the last, which writes the checkpoint.
                 speeds[name] += [line["tokens_per_second"] for line in lines[1:-1]]
     base_speed = statistics.median(speeds["cross-entropy alone"])
-    rows = ["| teacher | tokens/s (median) | time per step |", "|---|---|---|"]
+    training, length = base.config.distillation.training, base.config.distillation.dataset.max_length
+    rows = [
+        f"The reference MoE at {base.config.compression.target_ratio:.0%} of the expert bytes, everything trains, "
+        f"{training.per_device_train_batch_size} x {length} tokens a step, {options.repeats} trainings of "
+        f"{options.steps} steps each, {torch.get_num_threads()} CPU threads, torch {torch.__version__}.",
+        "",
+        "| teacher | tokens/s (median) | time per step |",
+        "|---|---|---|",
+    ]
     for name, values in speeds.items():
         speed = statistics.median(values)
         rows.append(f"| {name} | {speed:,.0f} | {base_speed / speed:.2f}x |")

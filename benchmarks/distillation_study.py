@@ -43,22 +43,14 @@ FACTORS, BASES = r"\.experts\.\w*proj_(?!bias|basis)\w+$", r"\.experts\.\w*proj_
 BASELINE, ZERO_SHOT = "default", "zero-shot"
 
 # How the student that a variant starts from is compressed, beside the preset of the reference MoE. All keep the same
-# share of the bytes. A wrapper needs a core, and cannot be fitted to the Fisher information.
+# share of the bytes. A wrapper needs a core and uniform ranks, and cannot be fitted to the Fisher information; so does
+# what it is compared with.
 FORMS: dict[str, Sequence[str]] = {
     "default": (),
-    "no-basis": ("compression.cores=0", "compression.input_basis=0"),
-    "core": ("compression.cores=1", "compression.input_basis=0"),
-    "core-data": (
-        "compression.cores=1",
-        "compression.input_basis=0",
-        "compression.calibration.fisher=false",
-    ),
-    "wrapper": (
-        "compression.cores=1",
-        "compression.input_basis=0",
-        "compression.calibration.fisher=false",
-        "compression.parameterization=wrapper",
-    ),
+    "no-basis": ("compression.input_basis=0.0",),
+    "core": ("compression=core",),
+    "core-uniform": ("compression=core", "compression.calibration.fisher=false", "compression.allocation=uniform"),
+    "wrapper": ("compression=wrapper",),
 }
 
 
@@ -92,13 +84,13 @@ VARIANTS: dict[str, Variant] = {
     BASELINE: Variant("the preset's form, everything trains, alpha 0.9, T 1"),
     "no-basis": Variant("no shared basis: factors of each expert alone", form="no-basis"),
     "core": Variant("core + delta", form="core"),
-    "core-data": Variant("core + delta, fitted and ranked without Fisher", form="core-data", against="core"),
-    "wrapper": Variant("wrapper instead of delta, without Fisher", form="wrapper", against="core-data"),
+    "core-uniform": Variant("core + delta, uniform ranks, no Fisher", form="core-uniform", against="core"),
+    "wrapper": Variant("wrapper, uniform ranks, no Fisher", form="wrapper", against="core-uniform"),
     "wrapper-balanced": Variant(
         "the same, balanced factors",
         form="wrapper",
         settings=("distillation.training.balance_factors=true",),
-        against="core-data",
+        against="core-uniform",
     ),
     "slow-core": Variant("core at 0.3 of the rate", form="core", rates=((CORES, 0.3),), against="core"),
     "slow-basis": Variant("shared basis at 0.3 of the rate", rates=((BASES, 0.3),)),

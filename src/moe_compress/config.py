@@ -158,6 +158,7 @@ class TeacherConfig:
         {}, "Memory per device for device_map, such as {0: 70GiB, cpu: 200GiB}; empty takes what is free."
     )
     offload_folder: str | None = setting(None, "Directory for the layers that device_map puts on disk.")
+    fsdp: bool = setting(False, "Shard the teacher over the ranks of torchrun (FSDP2), live or writing logits.")
     generation: GenerationConfig = setting(GenerationConfig, "How the cache is made.")
 
 

@@ -113,6 +113,7 @@ FREE = (
     "distillation.teacher.device_map",
     "distillation.teacher.max_memory",
     "distillation.teacher.offload_folder",
+    "distillation.teacher.fsdp",
     "evaluation.devices",
     "evaluation.gpus_per_model",
     "evaluation.order",

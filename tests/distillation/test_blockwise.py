@@ -129,7 +129,7 @@ def test_layers_learn_from_what_the_teacher_does_with_tokens_and_documents(
     for row in (order[item] for item in range(6)):
         cuts = np.flatnonzero(np.diff(row["documents"])) + 1
         parts += np.split(row["input_ids"], cuts)
-    assert len({len(part) for part in parts}) > 2  # documents of several lengths
+    assert len({len(part) for part in parts}) > 1  # documents of several lengths
     seen: dict[Any, list[Tensor]] = {}
 
     def record(module: Any, arguments: Any, keywords: Any, output: Tensor) -> None:

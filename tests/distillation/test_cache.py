@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 
 from moe_compress.config import Config
 from moe_compress.data import rows_in_memory
-from moe_compress.distillation import TeacherCache, filling, generate_teacher_logits
+from moe_compress.distillation import TeacherCache, encoders, filling, generate, generate_teacher_logits
+from moe_compress.distillation.chunks import LinearHead
 from moe_compress.distillation.data import collate
 from moe_compress.distillation.encoders import TopKEncoder
 from moe_compress.distillation.fingerprints import teacher_fingerprint, tokenizer_fingerprint
@@ -56,7 +57,7 @@ def test_round_trip_holds_the_tokens_and_the_teachers_top_k(
     cache = TeacherCache(run.teacher_logits_dir, expected(config))
     assert len(cache) == len(rows) == 22
     assert len(cache.files) == 5 and cache.files[-1].rows == 2
-    model = load_teacher(config, "cpu")
+    model = load_teacher(config)
     for index in (21, 0, 4, 5):
         record = cache[index]
         ids = torch.tensor(rows[index]["input_ids"])
@@ -204,6 +205,34 @@ def test_an_interrupted_generation_resumes_to_the_same_set(
     assert content(broken) == content(tmp_path / "whole")
     assert [replace(file) for file in TeacherCache(broken).files] == TeacherCache(tmp_path / "whole").files
     assert not list(broken.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("encoder", ["topk", "sample"])
+def test_logits_made_a_few_tokens_at_a_time_give_the_same_records(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoder: str
+) -> None:
+    config.distillation.teacher.generation.encoder = encoder
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "headless", lambda model: None)
+        fill_cache(config, tmp_path / "whole")
+    made: list[int] = []
+    logits = LinearHead.logits
+
+    def look(self: LinearHead, hidden: torch.Tensor) -> torch.Tensor:
+        made.append(hidden[..., 0].numel())
+        return logits(self, hidden)
+
+    monkeypatch.setattr(LinearHead, "logits", look)
+    monkeypatch.setattr(encoders, "_CHUNK_BYTES", 4 * VOCABULARY * 5)
+    fill_cache(config, tmp_path / "chunked")
+    assert max(made) == 5 and sum(made) == 22 * LENGTH
+    whole, chunked = TeacherCache(tmp_path / "whole"), TeacherCache(tmp_path / "chunked")
+    for index in range(22):
+        for name, array in whole[index].items():
+            if array.dtype.kind == "f":
+                np.testing.assert_allclose(array.astype(float), chunked[index][name].astype(float), atol=1e-3)
+            else:
+                np.testing.assert_array_equal(array, chunked[index][name])
 
 
 def test_two_workers_write_the_set_of_one(config: Config, tmp_path: Path) -> None:

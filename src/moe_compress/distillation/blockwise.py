@@ -194,7 +194,8 @@ class BlockwiseTraining:
         dataset = self.run.config.distillation.dataset
         batch = collate(records, isolate=dataset.packing == "isolate")
         padding = (0, dataset.max_length - batch["input_ids"].shape[1])
-        inputs = {name: functional.pad(batch[name], padding) for name in ("input_ids", "position_ids") if name in batch}
+        names = [name for name in ("input_ids", "position_ids") if name in batch]
+        inputs: dict[str, Tensor] = {name: functional.pad(batch[name], padding) for name in names}
         lengths = torch.tensor([len(record["input_ids"]) for record in records])
         return inputs, (torch.arange(dataset.max_length) < lengths[:, None]).flatten()
 

@@ -8,7 +8,7 @@ gradients of hidden states, weight and bias are kept (as in the fused linear cro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +72,41 @@ class TeacherHead:
         """The targets of the tokens `index` (int64 `[n]`) of flattened targets."""
         with torch.autocast(self.hidden.device.type, enabled=False):  # the student's; the teacher has its own type
             return DenseTargets(self.head.logits(self.hidden.index_select(0, index).to(self.head.weight.dtype)))
+
+
+@dataclass(frozen=True)
+class HeadLogits:
+    """Logits `[n, vocabulary]` that an output head makes of hidden states when they are asked for, some rows at a time.
+
+    It stands in for such a tensor where one is only split.
+
+    Attributes:
+        hidden: `[n, hidden]`.
+        head: what makes logits from them.
+        vocab_size: ids that count; the head may be padded.
+    """
+
+    hidden: Tensor
+    head: LinearHead
+    vocab_size: int
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the tensor that it stands for."""
+        return len(self.hidden), self.vocab_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the logits are made."""
+        return self.head.weight.device
+
+    def split(self, rows: int) -> Iterator[Tensor]:
+        """The logits of `rows` rows at a time."""
+        for part in self.hidden.split(rows):
+            yield self.head.logits(part.to(self.device, self.head.weight.dtype))[:, : self.vocab_size]
 
 
 def summed_in_chunks(

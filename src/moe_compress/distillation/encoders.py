@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_compress.config import GenerationConfig
+from moe_compress.distillation.chunks import HeadLogits
 from moe_compress.distillation.records import ENTRIES, Field, Record, token_dtype
 from moe_compress.distillation.targets import SampledTargets, SparseTargets
 from moe_compress.errors import UserError
@@ -40,7 +41,7 @@ class Encoder(Protocol):
     def fields(self) -> dict[str, Field]:
         """The arrays it adds to a record."""
 
-    def encode(self, logits: Tensor, sequence: int) -> Record:
+    def encode(self, logits: Tensor | HeadLogits, sequence: int) -> Record:
         """Logits `[targets, vocabulary]` of sequence number `sequence` to arrays `[targets, ...]`, by field.
 
         Raises:
@@ -83,7 +84,7 @@ class TopKEncoder:
         }
 
     @torch.no_grad()
-    def encode(self, logits: Tensor, sequence: int) -> Record:
+    def encode(self, logits: Tensor | HeadLogits, sequence: int) -> Record:
         chunks: list[tuple[Tensor, ...]] = []
         for log_probs, logsumexp in _log_probs(logits):
             top, indices = log_probs.topk(self.top_k, dim=-1)
@@ -140,7 +141,7 @@ class SampleEncoder:
         return fields
 
     @torch.no_grad()
-    def encode(self, logits: Tensor, sequence: int) -> Record:
+    def encode(self, logits: Tensor | HeadLogits, sequence: int) -> Record:
         generator = np.random.default_rng([self.seed, _DRAWS, sequence])
         # fp64: in fp32 a cumulative sum over a large vocabulary loses the rare tokens.
         uniform = torch.from_numpy(generator.random((len(logits), self.samples))).to(logits.device)
@@ -228,7 +229,7 @@ def _options(encoder: type[TopKEncoder] | type[SampleEncoder]) -> set[str]:
     return {field.name for field in fields(encoder)} - {"name"}
 
 
-def _log_probs(logits: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _log_probs(logits: Tensor | HeadLogits) -> Iterator[tuple[Tensor, Tensor]]:
     """Chunks of logits `[targets, vocabulary]` as log-probabilities fp32, and their logsumexp."""
     for chunk in logits.split(max(1, _CHUNK_BYTES // (4 * logits.shape[-1]))):
         log_probs = chunk.float()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe_compress.config import GenerationConfig
 from moe_compress.data import Row
+from moe_compress.distillation.chunks import HeadLogits, TeacherHead
 from moe_compress.distillation.data import collate
 from moe_compress.distillation.encoders import Encoder, make_encoder
 from moe_compress.distillation.fingerprints import rows_fingerprint
@@ -33,8 +34,9 @@ from moe_compress.distillation.records import Record, targets_of
 from moe_compress.distillation.writer import write_file
 from moe_compress.errors import UserError
 
-# What a model is called with, int64 `[n, length]` each, to its logits `[n, length, vocabulary]`.
-Forward = Callable[[Mapping[str, Tensor]], Tensor]
+# What a model is called with, int64 `[n, length]` each, to its logits `[n, length, vocabulary]`, or to what its head
+# makes them from.
+Forward = Callable[[Mapping[str, Tensor]], Tensor | TeacherHead]
 
 
 def write_parts(
@@ -123,9 +125,17 @@ def _records(
         del inputs["labels"]
         logits = forward(inputs)
         for number, row in enumerate(batch):
-            targets = torch.from_numpy(targets_of(row["labelled"]).nonzero()[0]).to(logits.device)
-            yield encoder.encode(logits[number].index_select(0, targets), start + first + number)
+            targets = torch.from_numpy(targets_of(row["labelled"]).nonzero()[0])
+            yield encoder.encode(_rows(logits, number, targets, encoder.vocab_size), start + first + number)
         bar.update(len(batch))
+
+
+def _rows(logits: Tensor | TeacherHead, number: int, index: Tensor, vocab_size: int) -> Tensor | HeadLogits:
+    """The logits `[n, vocab_size]` of the tokens `index` of sequence `number` of a batch."""
+    if isinstance(logits, TeacherHead):
+        hidden = logits.hidden[number]
+        return HeadLogits(hidden.index_select(0, index.to(hidden.device)), logits.head, vocab_size)
+    return logits[number].index_select(0, index.to(logits.device))[:, :vocab_size]
 
 
 def _check_content(directory: Path, files: Mapping[str, CacheFile], contents: Mapping[str, str]) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,10 +21,13 @@ from tqdm import tqdm
 from moe_compress.config import Config, GenerationConfig
 from moe_compress.data import read_rows, rows_in_memory
 from moe_compress.data.chat import chat_template
+from moe_compress.distillation.chunks import TeacherHead
 from moe_compress.distillation.encoders import make_encoder
-from moe_compress.distillation.filling import finished_files, locked, numbered_parts, write_parts
+from moe_compress.distillation.filling import Forward, finished_files, locked, numbered_parts, write_parts
 from moe_compress.distillation.fingerprints import rows_fingerprint
+from moe_compress.distillation.heads import HeadlessModel, headless
 from moe_compress.distillation.manifest import MANIFEST, Header, part_name, read_manifest, summary
+from moe_compress.distillation.sharded import Together, join_ranks, need_ranks, world_size
 from moe_compress.distillation.teachers import (
     common_vocabulary,
     expected_header,
@@ -87,22 +89,12 @@ def fill_cache(config: Config, directory: Path) -> None:
     if (directory / MANIFEST).exists():
         print(f"teacher logits: {directory} is complete already")
         return
-
-    @cache  # loaded only if there is something to write
-    def teacher() -> Any:
-        return load_spread_teacher(config)
-
-    @torch.no_grad()
-    def forward(inputs: Mapping[str, Tensor]) -> Tensor:
-        model = teacher()
-        device = input_device(model)
-        logits: Tensor = model(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False).logits
-        if logits.shape[-1] != width:
-            raise UserError(
-                f"the teacher at {source} gives {logits.shape[-1]} logits but its config says vocab_size={width}"
-            )
-        return logits[..., : header["vocab_size"]]
-
+    forward: Forward = _teacher_forward(config, width)
+    together = None
+    if config.distillation.teacher.fsdp:
+        need_ranks()
+        join_ranks()
+        forward = together = Together(forward)
     worker, workers = _worker(settings)
     parts = numbered_parts(read_rows(dataset, tokenizer, config.seed) if rows is None else iter(rows), header)
     if rows is None:
@@ -131,20 +123,52 @@ def fill_cache(config: Config, directory: Path) -> None:
             done,
             bar,
         )
+    if together is not None:
+        together.drain()
+
+
+def _teacher_forward(config: Config, width: int) -> Forward:
+    """The teacher, loaded with its first forward pass; its logits, or where its head is linear what it makes them from.
+
+    Args:
+        width: logits that its config promises.
+    """
+
+    @cache
+    def teacher() -> tuple[Any, HeadlessModel | None]:
+        model = load_spread_teacher(config)
+        return model, headless(model)
+
+    @torch.no_grad()
+    def forward(inputs: Mapping[str, Tensor]) -> Tensor | TeacherHead:
+        model, without_head = teacher()
+        placed = {name: value.to(input_device(model)) for name, value in inputs.items()}
+        result: Tensor | TeacherHead
+        if without_head is not None:
+            before: TeacherHead = without_head.run(model, placed, TeacherHead)
+            result, found = before, before.head.weight.shape[0]
+        else:
+            logits: Tensor = model(**placed, use_cache=False).logits
+            result, found = logits, logits.shape[-1]
+        if found != width:
+            raise UserError(
+                f"the teacher at {teacher_path(config)} gives {found} logits but its config says vocab_size={width}"
+            )
+        return result
+
+    return forward
 
 
 def _worker(settings: GenerationConfig) -> tuple[int, int]:
     """Number of this worker and how many there are: as set, and under torchrun every rank is one."""
-    ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    ranks, rank = world_size(), int(os.environ.get("RANK", "0"))
     return settings.worker_id * ranks + rank, settings.total_workers * ranks
 
 
 def _wait_for_ranks() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # gloo, because it needs no GPU; torchrun ends the ranks that wait if one fails.
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
+    if world_size() > 1:
+        join_ranks()
         torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
 
 
 def _check(settings: GenerationConfig) -> None:

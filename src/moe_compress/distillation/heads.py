@@ -71,7 +71,10 @@ def output_head(model: Any) -> Any:
 
 
 def headless(model: Any) -> HeadlessModel | None:
-    """The model made to run without its head, or None where the head is more than a linear layer with scale and cap."""
+    """The model made to run without its head, or None where the head is more than a linear layer with scale and cap.
+
+    None too where accelerate fetches the head's weight from elsewhere for every call.
+    """
     found = linear_head(model)
     return None if found is None else HeadlessModel(model, *found)
 
@@ -85,7 +88,7 @@ def linear_head(model: Any) -> tuple[float, float | None] | None:
     """
     head = output_head(model)
     weight = getattr(head, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2:
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.is_meta:
         return None
     probes = torch.tensor(_PROBES, device=weight.device)
     seen: list[tuple[Tensor, Tensor]] = []
@@ -109,7 +112,8 @@ def linear_head(model: Any) -> tuple[float, float | None] | None:
     hidden, product = seen[0]
     if hidden.shape[:-1] != (1, 2) or logits.shape != (1, 2, len(_PROBES)):
         return None
-    if not _close(F.linear(hidden, weight, getattr(head, "bias", None)), product):
+    weight = head.weight  # again: of a sharded model it is whole after a forward pass
+    if not _close(F.linear(hidden.to(weight.device), weight, getattr(head, "bias", None)), product):
         return None
     middle = len(_PROBES) // 2
     scale = 1.0 if _close(logits, probes.expand_as(logits)) else float(logits[0, 0, middle + 1] / probes[middle + 1])

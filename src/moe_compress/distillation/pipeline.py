@@ -258,8 +258,7 @@ def _data_and_teacher(run: Run) -> tuple[Any, Callable[[], TeacherSource | None]
     if tokenizer_fingerprint(teachers) != tokenizer_fingerprint(tokenizer):
         raise UserError(f"teacher {path} has another tokenizer than the student; it cannot teach it token by token")
     common_vocabulary(vocabulary_size(path, config), vocab_size, tokenizer)
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    return rows, cache_result(lambda: LiveTeacher(load_teacher(config, device), settings.loss))
+    return rows, cache_result(lambda: LiveTeacher(load_teacher(config), settings.loss))
 
 
 def _forget_lines_after(log: Path, step: int) -> None:

@@ -16,6 +16,7 @@ from moe_compress.distillation.chunks import TeacherHead
 from moe_compress.distillation.encoders import Encoder, encoder_settings
 from moe_compress.distillation.fingerprints import teacher_fingerprint, tokenizer_fingerprint
 from moe_compress.distillation.manifest import FORMAT_VERSION, Header, dataset_settings
+from moe_compress.distillation.sharded import shard_teacher
 from moe_compress.distillation.targets import TeacherTargets
 from moe_compress.errors import UserError
 from moe_compress.modeling import load_model, resolve_model_path
@@ -75,22 +76,33 @@ def common_vocabulary(teacher: int, student: int, tokenizer: Any) -> int:
     return min(teacher, student)
 
 
-def load_teacher(config: Config, device: str | torch.device) -> Any:
-    """The teacher as a model on `device`, in `model.dtype`."""
-    return load_model(
-        str(teacher_path(config)),
-        dtype=config.model.dtype,
-        device=device,
-        trust_remote_code=config.model.trust_remote_code,
-    )
+def load_teacher(config: Config) -> Any:
+    """The teacher, in `model.dtype`, on this process's device, or sharded over the ranks (`teacher.fsdp`).
+
+    Raises:
+        UserError: it cannot be loaded or sharded.
+    """
+
+    def load(device: str) -> Any:
+        return load_model(
+            str(teacher_path(config)),
+            dtype=config.model.dtype,
+            device=device,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+
+    if config.distillation.teacher.fsdp:
+        return shard_teacher(lambda: load("cpu"))
+    return load(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
 
 
 def load_spread_teacher(config: Config) -> Any:
-    """The teacher for writing logits: on this process's device, or spread by accelerate as `device_map` says."""
+    """The teacher for writing logits: as `load_teacher`, or spread by accelerate as `device_map` says."""
     teacher = config.distillation.teacher
     if teacher.device_map is None:
-        rank = os.environ.get("LOCAL_RANK", "0")
-        return load_teacher(config, f"cuda:{rank}" if torch.cuda.is_available() else "cpu")
+        return load_teacher(config)
+    if teacher.fsdp:
+        raise UserError("distillation.teacher.device_map and fsdp both spread the teacher; keep one of them")
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
         raise UserError(
             "distillation.teacher.device_map spreads the teacher of one process over all GPUs: instead of torchrun use "

@@ -279,7 +279,8 @@ def _with_full_precision(student: nn.Module, state: dict[str, Tensor] | None) ->
     """A state gathered by DeepSpeed, with the fp32 weights that it keeps beside the 16-bit ones; a collective."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    state, full = dict(state or {}), {}
+    state = dict(state or {})
+    full: dict[int, Tensor | None] = {}
     # Tied weights have two names and must stay one tensor.
     for name, parameter in student.named_parameters(remove_duplicate=False):
         if id(parameter) not in full:
