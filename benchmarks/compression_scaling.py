@@ -99,7 +99,9 @@ def settings(model: Path, iterations: int, options: argparse.Namespace) -> list[
         f"model={model}",
         f"compression.rank={options.rank}",
         f"compression.iterations={iterations}",
-        "compression.calibration.enabled=false",
+        "compression=weights_only",
+        "compression.cores=1",  # so that there is something to iterate
+        "compression.input_basis=0",
         "compression.device=cpu",
     ]
 

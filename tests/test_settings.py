@@ -68,6 +68,8 @@ def test_presets_set_what_they_are_named_for() -> None:
     assert svd.target_ratio == settings.compose([]).compression.target_ratio
     assert settings.compose(["compression.cores=4"]).compression.cores == 4
     assert settings.compose(["compression.cores=auto"]).compression.cores == "auto"
+    basis = [settings.compose([f"compression.input_basis={value}"]).compression.input_basis for value in ("0", "0.5")]
+    assert basis == [0.0, 0.5] and all(type(value) is float for value in basis)
     adam = settings.compose(["compression=adam"]).compression
     assert (adam.method, adam.parameterization) == ("adam", "wrapper")
     assert [stage.name for stage in settings.compose(["distillation=router_only"]).distillation.stages] == ["router"]
@@ -184,6 +186,8 @@ def test_interpolations_are_resolved_at_once() -> None:
         ("compression.method=magic", "is not one of: closed_form, adam"),
         ("compression.cores=-1", "compression.cores=-1 must be a whole number from 0, or auto"),
         ("compression.cores=some", "compression.cores=some must be a whole number from 0, or auto"),
+        ("compression.input_basis=1", "compression.input_basis=1.0 must be from 0 to below 1, or auto"),
+        ("compression.input_basis=some", "compression.input_basis=some must be from 0 to below 1, or auto"),
         ("compression.cores=1.5", "compression.cores=1.5 is not possible: expected integer or text"),
         ("compression.rank=0", "compression.rank=0 must be at least 1"),
         ("compression.target_ratio=0", "compression.target_ratio=0.0 must be between 0 and 1"),

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import yaml
 from hydra import compose as hydra_compose
@@ -268,6 +268,8 @@ def _assign(node: DictConfig, key: str, value: Any) -> None:
                 lookup(f"{key}.{index}.{name}")
     if isinstance(value, dict) and is_mapping(info.type):
         value = {str(name): item for name, item in value.items()}  # YAML reads the name 0 as a number
+    if type(value) is int and float in get_args(info.type) and int not in get_args(info.type):
+        value = float(value)  # OmegaConf does so for a float alone, but not for one of several types
     _check_index(node, key)
     parent, _, child = key.rpartition(".")
     in_mapping = bool(parent) and is_mapping(lookup(parent).type)

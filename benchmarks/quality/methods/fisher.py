@@ -1,4 +1,4 @@
-"""Candidates for our own recipe: low-rank experts in the norm of the Fisher information, ranks where they count.
+"""A candidate for our own recipe: low-rank experts in the norm of the Fisher information, a rank for each expert.
 
 The second-order change of KL(teacher || student) when expert e's matrix changes by D follows from the Fisher
 information of the matrix; Kronecker-factored (K-FAC, Martens and Grosse 2015, arXiv 1503.05671) it is
@@ -146,18 +146,12 @@ def best_ranks(values: dict[Any, Tensor], prices: dict[Any, int], budget: int) -
     return ranks
 
 
-def allocate(task: Task, whitened: dict[Key, Whitened], allocation: str) -> tuple[dict[Key, Tensor], float]:
+def allocate(task: Task, whitened: dict[Key, Whitened]) -> tuple[dict[Key, Tensor], float]:
     """The ranks [E] of each projection within the budget, and the nats (per token) that they leave."""
     budget = sum(task.budget(layer.weights[name]) for layer in task.layers for name in layer.weights)
     budget -= sum(each.fixed + len(each.values) for each in whitened.values())  # bases and tables of ranks
     prices = {key: each.price for key, each in whitened.items()}
-    if allocation == "experts":
-        ranks = best_ranks({key: each.values for key, each in whitened.items()}, prices, budget)
-    else:
-        together = {key: each.values.sum(0, keepdim=True) for key, each in whitened.items()}
-        rows = {key: prices[key] * len(whitened[key].values) for key in prices}
-        found = best_ranks(together, rows, budget)
-        ranks = {key: rank.repeat(len(whitened[key].values)) for key, rank in found.items()}
+    ranks = best_ranks({key: each.values for key, each in whitened.items()}, prices, budget)
     left = 0.0
     for key, each in whitened.items():
         cut = torch.arange(each.values.shape[1]) >= ranks[key][:, None]
@@ -165,12 +159,10 @@ def allocate(task: Task, whitened: dict[Key, Whitened], allocation: str) -> tupl
     return ranks, left
 
 
-@method("fisher-projections", allocation="projections", version=1)
-@method("fisher-experts", allocation="experts", version=1)
-@method("fisher-projections-basis", allocation="projections", bases=(1 / 3, 1 / 2), version=1)
-@method("fisher-experts-basis", allocation="experts", bases=(1 / 3, 1 / 2), version=1)
-def fisher(task: Task, allocation: str, bases: tuple[float, ...] = ()) -> Any:
-    """Low-rank experts without a core, with ranks for each projection or each expert.
+@method("fisher-experts", version=1)
+@method("fisher-experts-basis", bases=(1 / 3, 1 / 2), version=1)
+def fisher(task: Task, bases: tuple[float, ...] = ()) -> Any:
+    """Low-rank experts without a core, with ranks for each expert: what the product does but for that.
 
     Args:
         bases: sizes of a shared input basis to try, as shares of the hidden size; the one that leaves the least wins.
@@ -179,7 +171,7 @@ def fisher(task: Task, allocation: str, bases: tuple[float, ...] = ()) -> Any:
     tried = []
     for size in (None, *(round(share * hidden) for share in bases)):
         whitened = whitened_layers(task, size)
-        ranks, left = allocate(task, whitened, allocation)
+        ranks, left = allocate(task, whitened)
         tried.append((left, whitened, ranks))
     _, whitened, ranks = min(tried, key=lambda each: each[0])
 
