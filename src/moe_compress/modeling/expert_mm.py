@@ -20,7 +20,7 @@ from moe_compress.modeling.grouped_mm import grouped_mm
 from moe_compress.modeling.routing import Routing
 
 # Rows per expert up to which reading each row's matrix by itself is faster than a GEMM per expert (docs/SPEED.md).
-_BAGGED_ROWS_PER_EXPERT = 2.0
+_BAGGED_ROWS_PER_EXPERT = 6.0
 # Values copied by gathering, up to which the copy hides behind the launches of the sort and a dozen small kernels.
 _GATHERED_VALUES = 2**24
 # Off unless asked for: the kernel has not been run on a GPU yet.

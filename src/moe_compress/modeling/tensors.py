@@ -75,9 +75,10 @@ def factors_from_tensors(projection: str, tensors: Mapping[str, Tensor], groups:
 
 
 def cast_factors(factors: Factors, dtype: torch.dtype) -> Any:
-    """The same factors, of the same class, in another dtype."""
+    """The same factors, of the same class, in another dtype; themselves if they are in it."""
     values = {field.name: getattr(factors, field.name) for field in fields(factors) if field.name != "groups"}
-    return replace(factors, **{name: value.to(dtype) for name, value in values.items() if value is not None})
+    others = {name: value for name, value in values.items() if value is not None and value.dtype != dtype}
+    return replace(factors, **{name: value.to(dtype) for name, value in others.items()}) if others else factors
 
 
 def stored_dtype(factors: Factors) -> torch.dtype:
