@@ -222,7 +222,7 @@ def bar_grids(results: list[dict[str, Any]]) -> list[Grid]:
                 cells = [_bar_cell(rows.get((tokens, variant_at(form, ratio))), bar) for ratio, bar in BARS.items()]
                 best = min(originals, key=lambda row: row["ms"])
                 label = f"{result['dtype']}, {tokens} token{'s' * (tokens > 1)}: {form}"
-                grid.rows.append([label, f"{best['ms']:.3g} ({best['variant'].split(', ')[1]})", *cells])
+                grid.rows.append([label, f"{best['ms']:.1f} ({best['variant'].split(', ')[1]})", *cells])
     return [grid] if grid.rows else []
 
 

@@ -102,9 +102,9 @@ def test_tables_of_earlier_runs_go_into_a_document(run: Any, tmp_path: Path) -> 
     text = document.read_text()
     assert text.startswith(f"before\n{speed.BEGIN}\n") and text.endswith(f"\n{speed.END}\nafter\n")
     assert "old" not in text
-    assert "| bfloat16, 1 token: shared core | 7 (grouped_mm) | 3.50x met | 0.93x missed | not timed |" in text
+    assert "| bfloat16, 1 token: shared core | 7.0 (grouped_mm) | 3.50x met | 0.93x missed | not timed |" in text
     assert (
-        "| float32, 512 tokens: shared core | 7 (grouped_mm) | 3.50x met, 2.00 times the roofline | "
+        "| float32, 512 tokens: shared core | 7.0 (grouped_mm) | 3.50x met, 2.00 times the roofline | "
         "0.93x missed, 7.50 times the roofline | not timed |"
     ) in text
     assert "7.5  0.93x  13%; (7.5-7.5); slower; break-even at about delta rank down_proj 9" in text

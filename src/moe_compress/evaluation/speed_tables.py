@@ -145,11 +145,13 @@ def write_speed(directory: Path, found: Mapping[str, Any], grids: list[Grid]) ->
 
 
 def _cell(row: Mapping[str, Any], layout: Mapping[str, Layout]) -> str:
-    lines = [f"{row['ms']:.3g}  {row['speedup']:.2f}x", f"({row['ms_low']:.3g}-{row['ms_high']:.3g})"]
+    ms, low, high = (_three_digits(row[key]) for key in ("ms", "ms_low", "ms_high"))
+    lines = [f"{ms}  {row['speedup']:.2f}x", f"({low}-{high})"]
     if "roofline_ms" in row:
         lines[0] += f"  {row['roofline_ms'] / row['ms']:.0%}"
     if "kept_bytes" in row:
-        lines.append(f"{row['kept_bytes'] / 1e6:,.3g} / {row['peak_bytes'] / 1e6:,.3g} MB")
+        kept, peak = (_three_digits(row[key] / 1e6) for key in ("kept_bytes", "peak_bytes"))
+        lines.append(f"{kept} / {peak} MB")
     if "faster_below" in row and row["speedup"] < 1:
         words = _break_even_words(layout, row["faster_below"])
         lines.append(words if words.startswith("slower") else f"slower; {words}")
@@ -172,6 +174,10 @@ def _layout_words(layout: Mapping[str, Layout]) -> str:
         basis = f", basis {own['basis']}" if "basis" in own else ""
         parts.append(f"{name} {cores}{basis}, rank {own['delta_rank']}")
     return "; ".join(parts)
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _tokens(number: int) -> str:
