@@ -105,7 +105,8 @@ def _measure(options: argparse.Namespace, console: Console) -> None:
         for ratio in options.ratios:
             for method in methods:
                 _run_method(bench, method, ratio, options)
-    cells = bench.cells()
+    settings = {name: method.settings for name, method in _known(bench).items()}
+    cells = [cell for cell in bench.cells() if cell["settings"] == settings.get(cell["method"], cell["settings"])]
     text = markdown(cells)
     console.print(text, highlight=False, markup=False, soft_wrap=True)
     if options.markdown:
@@ -126,8 +127,13 @@ def _run_method(bench: Bench, method: Method, ratio: float, options: argparse.Na
             rates = (min(rates, key=lambda rate: found[rate]["validation"]["loss"]),)
 
 
+def _known(bench: Bench) -> dict[str, Method]:
+    """The methods by name; what a cache holds of one of them with other settings is no cell of it."""
+    return {**METHODS, **{name: product(name, overrides, bench.source) for name, overrides in OURS.items()}}
+
+
 def _methods(options: argparse.Namespace, bench: Bench) -> list[Method]:
-    known = {**METHODS, **{name: product(name, overrides, bench.source) for name, overrides in OURS.items()}}
+    known = _known(bench)
     unknown = sorted(set(options.methods) - set(known))
     if unknown:
         raise UserError(f"no method {', '.join(unknown)}; choose from {', '.join(sorted(known))}")
