@@ -165,7 +165,7 @@ def _kept(block: nn.Module, model: Any, layers: list[LayerPlan], width: int, len
             layer = modules[module]
             values += layer.top_k * sum(projection.rows + projection.columns for projection in layer.projections)
     depth = config.num_hidden_layers if block is model else 1
-    steps = 8 * _hidden_size(model)
+    steps = 14 * _hidden_size(model)
     if getattr(config, "_attn_implementation", None) == "eager":
         steps += 3 * config.num_attention_heads * length
     return 3 * values * width // 2 + 4 * depth * steps
