@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from moe_compress.errors import UserError
 from moe_compress.factorization.factors import DeltaFactors, Factors, WrapperFactors
 from moe_compress.modeling.cores import collect_products, spread_products
-from moe_compress.modeling.expert_mm import by_row, expert_mm, out_side
+from moe_compress.modeling.expert_mm import by_row, expert_mm, out_side, row_rounding
 from moe_compress.modeling.find import describe_experts, up_projection
 from moe_compress.modeling.recompute import recomputed
 from moe_compress.modeling.routing import Routing
@@ -199,7 +199,8 @@ class SharedCoreExperts(nn.Module):
         up, down = cast_factors(up, dtype), cast_factors(down, dtype)
         sides = (up.delta_in, up.delta_out, down.delta_in, down.delta_out)
         few = all(by_row(top_k_index.numel(), side) for side in sides)
-        routing = Routing(top_k_index, top_k_weights, self.num_experts, by_row=few)
+        rounding = row_rounding(top_k_index.numel(), self.num_experts, dtype, hidden_states.device)
+        routing = Routing(top_k_index, top_k_weights, self.num_experts, by_row=few, round_to=rounding)
 
         # A token without any expert may hold anything, even NaN; it must not reach the core, nor its gradient.
         tokens = hidden_states.to(dtype).masked_fill(routing.padded.all(dim=1, keepdim=True), 0.0)

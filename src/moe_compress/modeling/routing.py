@@ -23,12 +23,20 @@ class Routing:
         padding: [S, 1] whether the row stands for no expert (index >= E); such rows weigh 0.
         weights: [S, 1] routing weights.
         offsets: int32 [E], where the rows of each expert end; only of sorted rows.
+
+    Sorted rows may be rounded: every expert then has a multiple of some number of rows. The rows that fill up stand for
+    no expert; there are at most so many that S is known without looking at the index, and the last ones belong to none.
     """
 
     offsets: Tensor
 
-    def __init__(self, index: Tensor, weights: Tensor, num_experts: int, *, by_row: bool = False) -> None:
-        """`index` and `weights` are [T, k]; an index of `num_experts` or more is padding."""
+    def __init__(
+        self, index: Tensor, weights: Tensor, num_experts: int, *, by_row: bool = False, round_to: int = 1
+    ) -> None:
+        """`index` and `weights` are [T, k]; an index of `num_experts` or more is padding.
+
+        Rounded rows are not for gradients: nothing is known of what the rows that fill up hold.
+        """
         self.num_tokens, self.top_k = index.shape
         self.num_experts = num_experts
         self.by_row = by_row
@@ -43,18 +51,31 @@ class Routing:
             self.experts = self.index.flatten()
             self.padding, self.weights = self.padded.reshape(-1, 1), self.index_weights.reshape(-1, 1)
         else:
-            self._sort()
+            self._sort(round_to)
 
-    def _sort(self) -> None:
+    def _sort(self, round_to: int) -> None:
         self.experts, order = self.index.flatten().sort(stable=True)
         boundaries = torch.arange(self.num_experts, device=order.device)
         # Rows of experts up to e: unlike bincount this needs no maximum from the device.
-        self.offsets = torch.searchsorted(self.experts, boundaries, right=True, out_int32=True)
-        positions = torch.arange(order.numel(), device=order.device)
-        self._inverse = torch.empty_like(order).scatter_(0, order, positions)
+        ends = torch.searchsorted(self.experts, boundaries, right=True, out_int32=True)
+        places = torch.arange(order.numel(), device=order.device)
         self.tokens = order // self.top_k
         self.padding = self.padded.flatten()[order, None]
         self.weights = self.index_weights.flatten()[order, None]
+        self.offsets = ends
+        if round_to > 1:
+            counts = ends.diff(prepend=ends.new_zeros(1))
+            self.offsets = ((counts + round_to - 1) // round_to * round_to).cumsum(0, dtype=torch.int32)
+            places = places + (self.offsets - ends).roll(1).index_fill(0, boundaries[:1], 0)[self.experts]
+            size = order.numel() + (round_to - 1) * min(self.num_experts, order.numel())
+            self.tokens, self.experts = (
+                values.new_zeros(size).scatter_(0, places, values) for values in (self.tokens, self.experts)
+            )
+            self.padding, self.weights = (
+                values.new_full((size, 1), fill).index_copy_(0, places, values)
+                for values, fill in ((self.padding, 1), (self.weights, 0))
+            )
+        self._inverse = torch.empty_like(order).scatter_(0, order, places)
 
     def spread(self, values: Tensor) -> Tensor:
         """Each token's values for each of its rows: [T, d] to [S, d]."""
