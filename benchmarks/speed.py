@@ -1,6 +1,6 @@
 """Speed side by side: MoE layers of known models, and whole models, original against compressed; see docs/SPEED.md.
 
-    python benchmarks/speed.py --output speed                             # everything: about 12 minutes on 2 cores
+    python benchmarks/speed.py --output speed                             # everything: about 9 minutes on 2 cores
     python benchmarks/speed.py --parts olmoe --dtypes bfloat16 --tokens 1 16 --output speed     # or in pieces
     python benchmarks/speed.py --tables speed/speed.json --docs docs/SPEED.md   # the tables again, and into a document
 
