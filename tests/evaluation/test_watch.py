@@ -109,8 +109,9 @@ def test_training_and_two_watchers_of_which_one_is_killed(make_run, text_file, s
     with run.stage("compress"):  # the student is there already
         pass
     doomed = started("watch", f"run={run.path}")
-    (worker,) = until(lambda: children(doomed.pid))  # type: ignore[misc]
-    (claim,) = until(lambda: claims_of(run, worker))  # type: ignore[misc]
+    # Not the first child that is seen: one may live for a moment only.
+    held = until(lambda: [(pid, claim) for pid in children(doomed.pid) for claim in claims_of(run, pid)])
+    ((worker, claim),) = held  # type: ignore[misc]
     os.kill(worker, signal.SIGSTOP)  # in the middle of an evaluation, and it stays there
     assert claim.exists()
     watcher, trainer = started("watch", f"run={run.path}"), started("distill", f"run={run.path}")
