@@ -153,13 +153,10 @@ def check_values(config: Config) -> None:
     if compression.target_ratio is not None and compression.target_bytes is not None:
         raise UserError("compression.target_ratio and compression.target_bytes are both set; set one of them to null")
     calibration = compression.calibration
-    if calibration.fisher:
+    if calibration.enabled and calibration.fisher:
         key = "compression.calibration.fisher=true"
-        if not calibration.enabled or calibration.sequential:
-            raise UserError(
-                f"{key} needs compression.calibration.enabled=true and compression.calibration.sequential=false; set "
-                "fisher=false, or choose compression=weights_only for a fit without text"
-            )
+        if calibration.sequential:
+            raise UserError(f"{key} needs compression.calibration.sequential=false; set one of them to false")
         if compression.parameterization == "wrapper":
             raise UserError(f"{key} is not for wrappers; choose compression=wrapper, which sets what they need")
     if generation.worker_id >= generation.total_workers:
