@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_compress.factorization import FitSpec, fit, grams
+from moe_compress.factorization import FitSpec, closed_form, fit, grams
 from moe_compress.factorization.closed_form import CoreSolver, leading_left_vectors
 
 
@@ -203,3 +203,27 @@ def test_outputs_that_weigh_alike_change_nothing(anisotropic_grams):
     spec = FitSpec(delta_rank=3, iterations=3)
     found = [fit(weights, spec, gram, out_gram=given).factors.materialize() for given in (None, out_gram)]
     torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 40), (3, 40, 24)])
+def test_leading_vectors_near_a_start(shape):
+    """They capture no less than the start does, next to all from near the true ones, and are orthonormal."""
+    matrix, rank = random_experts(*shape), 6
+    kept = lambda span: (span.mT @ matrix).square().sum()  # noqa: E731
+    best = kept(leading_left_vectors(matrix, rank))
+    far = torch.linalg.qr(random_experts(shape[0], shape[1], rank, seed=1)).Q
+    near = leading_left_vectors(matrix + 0.05 * random_experts(*shape, seed=2), rank)
+    for start, least in ((far, kept(far)), (near, 0.995 * best)):
+        found = leading_left_vectors(matrix, rank, 3.0 * start)
+        torch.testing.assert_close(found.mT @ found, torch.eye(rank).expand(shape[0], -1, -1), atol=1e-5, rtol=0)
+        assert least < kept(found) <= best * 1.0001
+
+
+def test_later_alternations_end_where_whole_factorizations_would(anisotropic_grams, monkeypatch):
+    weights, gram = random_experts(6, 32, 48), anisotropic_grams(6, 48)
+    spec = FitSpec(delta_rank=6, iterations=30)
+    found = fit(weights, spec, gram).history[-1]
+    monkeypatch.setattr(
+        closed_form, "leading_left_vectors", lambda matrix, rank, start: leading_left_vectors(matrix, rank)
+    )
+    assert found == pytest.approx(fit(weights, spec, gram).history[-1], rel=5e-3)

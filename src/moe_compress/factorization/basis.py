@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_compress.factorization.eigen import leading_eigenvectors
-from moe_compress.factorization.grams import Metric
+from moe_compress.factorization.grams import Metric, residual
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,7 @@ class SharedBasis:
             root = torch.linalg.cholesky(metric.gram.mean(0, dtype=torch.float64))
         products = torch.zeros(columns, columns, dtype=torch.float64, device=weights.device)
         for part in parts:
-            rest = weights[part].float() if core is None else weights[part].float() - core
-            stacked = metric.whiten_out(rest, part).flatten(0, 1)
+            stacked = metric.whiten_out(residual(weights, core, part), part).flatten(0, 1)
             products += (stacked.mT @ stacked).double()
         if root is not None:
             products = root.mT @ products @ root

@@ -17,7 +17,7 @@ from torch import Tensor
 from moe_compress.factorization.basis import SharedBasis
 from moe_compress.factorization.eigen import leading_left_vectors
 from moe_compress.factorization.factors import DeltaFactors
-from moe_compress.factorization.grams import Metric, chunks
+from moe_compress.factorization.grams import Metric, chunks, residual
 
 _CORE_STEPS = 20  # of conjugate gradients, where outputs are weighed
 _CORE_TOLERANCE = 1e-8  # of what the core explains: smaller steps are left out
@@ -54,36 +54,33 @@ def fit_delta(
     parts = list(chunks(experts, 4 * rows * columns))
     norm = squared_norm(weights, metric, parts)
     solver = CoreSolver(weights, metric, parts) if cores else None
-    core = None
+    core: Tensor | None = None
     shared: SharedBasis | None = None
     history: list[float] = []
-    for _ in range(iterations if cores else 1):
-        if solver is not None:
-            inputs = delta_in
-            if basis:
-                inputs = delta_in @ (weights.new_zeros(basis, columns).float() if shared is None else shared.basis)
-            best = solver.best_core(delta_out, inputs)
-            core = best if core is None else torch.lerp(core, best, _RELAXATION)
+    for alternation in range(iterations if cores else 1):
+        if solver is not None and core is None:
+            core = solver.solve(solver.moment).float()
+        elif solver is not None:
+            inputs = delta_in if shared is None else delta_in @ shared.basis
+            core = torch.lerp(core, solver.best_core(delta_out, inputs), _RELAXATION)
         if basis:
             shared = SharedBasis(weights, core, basis, metric, parts)
         error = 0.0
         for part in parts:
-            rest = weights[part].float() if core is None else weights[part].float() - core
-            if shared is not None:
-                inside = shared.inside(rest, part)
-                left = leading_left_vectors(inside.matrix, rank)
-                error += inside.outside + float(inside.matrix.square().sum(dtype=torch.float64))
-                right = left.mT @ inside.matrix
-                error -= float(right.square().sum(dtype=torch.float64))
-                delta_out[part], delta_in[part] = balance(metric.unwhiten_out(left, part), inside.unwhiten(right))
-                continue
-            whitened = metric.whiten(rest, part)
-            left = leading_left_vectors(whitened, rank)
+            rest = residual(weights, core, part)
+            inside = None if shared is None else shared.inside(rest, part)
+            whitened = metric.whiten(rest, part) if inside is None else inside.matrix
+            # The deltas of one alternation are near those of the next.
+            start = metric.whiten_out(delta_out[part], part) if alternation else None
+            left = leading_left_vectors(whitened, rank, start)
             error += float((whitened - left @ (left.mT @ whitened)).square().sum(dtype=torch.float64))
-            # With these left vectors the best delta, in any norm on the right, is the projection of the rest.
-            delta_out[part], delta_in[part] = balance(
-                metric.unwhiten_out(left, part), left.mT @ metric.whiten_out(rest, part)
-            )
+            if inside is None:
+                # With these left vectors the best delta, in any norm on the right, is the projection of the rest.
+                right = left.mT @ metric.whiten_out(rest, part)
+            else:
+                error += inside.outside
+                right = inside.unwhiten(left.mT @ whitened)
+            delta_out[part], delta_in[part] = balance(metric.unwhiten_out(left, part), right)
         history.append(error / norm)
     return DeltaFactors(core, delta_out, delta_in, basis=None if shared is None else shared.basis), history
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from moe_compress.factorization.basis import SharedBasis
 from moe_compress.factorization.budget import Form
 from moe_compress.factorization.closed_form import CoreSolver, squared_norm
-from moe_compress.factorization.grams import Metric, chunks
+from moe_compress.factorization.grams import Metric, chunks, residual
 from moe_compress.factorization.groups import group_experts
 
 
@@ -62,7 +62,7 @@ def _residual_squares(weights: Tensor, form: Form, metric: Metric) -> tuple[Tens
     squares = torch.zeros(min(rows, form.basis or columns), dtype=torch.float64)
     outside = 0.0
     for part in parts:
-        rest = weights[part].float() if core is None else weights[part].float() - core
+        rest = residual(weights, core, part)
         if shared is None:
             whitened = metric.whiten(rest, part)
         else:

@@ -5,13 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_SWEEPS = 4  # of subspace iteration, where there is a span to start from
 
-def leading_left_vectors(matrix: Tensor, rank: int) -> Tensor:
-    """The leading left singular vectors [e, m, rank] of matrix [e, m, n], rank <= min(m, n).
+
+def leading_left_vectors(matrix: Tensor, rank: int, start: Tensor | None = None) -> Tensor:
+    """The leading left singular vectors [e, m, rank] of matrix [e, m, n], rank <= min(m, n), or near them from a start.
 
     By the eigenvectors of the smaller Gram side, three times as fast as an SVD here. Squaring costs only directions
     below sqrt(eps) of the largest singular value: no more than about 1e-7 of the squared norm each in fp32.
+
+    With columns `start` [e, m, rank], an orthonormal basis of their span after subspace iteration (Halko et al. 2011,
+    arXiv 0909.4061, algorithm 4.4), many times as fast again. It captures no less of the matrix than the start did:
+    each sweep multiplies with a positive semi-definite matrix, which cannot lower the Rayleigh quotient.
     """
+    if start is not None:
+        span = torch.linalg.qr(start).Q
+        for _ in range(_SWEEPS):
+            span = torch.linalg.qr(matrix @ (matrix.mT @ span)).Q
+        return span
     rows, columns = matrix.shape[1:]
     if rows <= columns:
         return leading_eigenvectors(matrix @ matrix.mT, rank)

@@ -155,3 +155,9 @@ def chunks(experts: int, bytes_per_expert: int) -> Iterator[slice]:
     size = max(1, CHUNK_BYTES // max(1, bytes_per_expert))
     for start in range(0, experts, size):
         yield slice(start, min(start + size, experts))
+
+
+def residual(weights: Tensor, core: Tensor | None, experts: slice) -> Tensor:
+    """Weights [e, out, in] of the given experts, of [E, out, in], less the core [out, in] if there is one; fp32."""
+    chosen = weights[experts].float()
+    return chosen if core is None else chosen - core
