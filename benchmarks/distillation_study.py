@@ -79,6 +79,7 @@ _BLOCKWISE = {"name": "blockwise", "kind": "blockwise", "trainable": [EXPERTS], 
 _EXPERTS = {"name": "experts", "trainable": [EXPERTS]}
 _ROUTER = {"name": "router", "trainable": [r"\.(gate|router)\."]}
 _ALL = {"name": "all"}
+_HIGH_RATE = "distillation.training.learning_rate=4.8e-3"
 
 VARIANTS: dict[str, Variant] = {
     BASELINE: Variant("the preset's form, everything trains, alpha 0.9, T 1"),
@@ -105,6 +106,17 @@ VARIANTS: dict[str, Variant] = {
     "alpha-1": Variant("alpha 1 (teacher only)", settings=("distillation.loss.alpha=1",)),
     "temperature-2": Variant("T 2", settings=("distillation.loss.temperature=2",)),
     "reverse-kl": Variant("reverse KL", settings=("distillation.loss.divergence=reverse_kl",)),
+    "high-rate": Variant("8 times the learning rate", settings=(_HIGH_RATE,)),
+    "high-rate-skip": Variant(
+        "the same, spikes skipped",
+        settings=(
+            _HIGH_RATE,
+            "distillation.training.spikes.action=skip",
+            "distillation.training.spikes.window=10",
+            "distillation.training.spikes.grad_norm_factor=2",
+        ),
+        against="high-rate",
+    ),
     "jsd": Variant("Jensen-Shannon", settings=("distillation.loss.divergence=jsd",)),
 }
 
