@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import json
 
 from moe_compress.config import Config
 from moe_compress.run import Run
+from moe_compress.settings import compose
 
 BASELINE = "baseline_svd"
 
@@ -37,16 +37,9 @@ def run_all(run: Run) -> None:
 def baseline_config(run: Run) -> Config:
     """The settings of the baseline: `compression=svd` on the calibration of the run, at the run's expert bytes."""
     totals = json.loads((run.path / "compression.json").read_text(encoding="utf-8"))["totals"]
-    config = copy.deepcopy(run.config)
+    config = compose(["compression=svd"], base=run.config)
     config.run = None
     config.experiment_name = f"{run.config.experiment_name}-svd"
-    config.compression.cores = 0
-    config.compression.input_basis = 0.0
-    config.compression.alignment = "none"
-    config.compression.allocation = "uniform"
-    config.compression.calibration.fisher = False
-    config.compression.method = "closed_form"
-    config.compression.parameterization = "delta"
     config.compression.target_bytes = totals["expert_bytes_after"]
     config.compression.target_ratio = None
     # A rank of any size: the rival gets every byte that ours has.

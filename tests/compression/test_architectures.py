@@ -29,6 +29,7 @@ from moe_compress.config import Config
 from moe_compress.errors import UserError
 from moe_compress.modeling import compress_in_memory, find_experts
 from moe_compress.run import Run
+from tests.compression.runs import load, logits
 
 Settings = Callable[..., Config]
 
@@ -140,17 +141,6 @@ def tiny(model_type: str) -> Any:
         for parameter in (p for found in find_experts(model) for p in found.module.parameters()):
             parameter.normal_(0.0, 0.3)
     return model
-
-
-def load(path: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(path)
-
-
-@torch.no_grad()
-def logits(model: Any, tokens: Tensor) -> Tensor:
-    return model(tokens, use_cache=False).logits
 
 
 def in_memory(model: Any, config: Config) -> Any:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
 from torch import Tensor
 
 from moe_compress.compression import compress, job
@@ -25,6 +24,7 @@ from moe_compress.errors import UserError
 from moe_compress.factorization import Form, projection_bytes
 from moe_compress.modeling import find_experts, load_model
 from moe_compress.run import Run
+from tests.compression.runs import tensors_of
 
 Settings = Callable[..., Config]
 EXPERTS = 16
@@ -53,10 +53,6 @@ def compressed(config: Config, path: Path) -> tuple[Run, dict[str, Any]]:
     run = Run.create(path, config)
     compress(run)
     return run, json.loads((run.path / "compression.json").read_text())
-
-
-def tensors_of(path: Path) -> dict[str, Tensor]:
-    return {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def layers_of(run: Run) -> list[dict[str, Any]]:
@@ -141,7 +137,7 @@ def test_the_choice_stays_within_the_budget(
     )
     source = open_model(config.model)
     layers = source.map.layers
-    budget = budget_of(layers, config)
+    budget = budget_of(layers, config, choose(layers, config))
     found = allocate(source, config, tmp_path / "allocation.json", torch.device("cpu"))
     spent = sum(budget.cost(".".join(key), choice) for key, choice in found.items())
     unit = 2 if parameterization == "wrapper" else 1

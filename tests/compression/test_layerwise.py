@@ -23,15 +23,10 @@ from moe_compress.errors import UserError
 from moe_compress.modeling import compress_in_memory, find_experts
 from moe_compress.modeling.tensors import factors_from_tensors
 from moe_compress.run import Run
+from tests.compression.runs import load
 
 Settings = Callable[..., Config]
 CPU = torch.device("cpu")
-
-
-def load(path: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(path)
 
 
 def opened(path: Path) -> tuple[SourceModel, LayerwiseModel]:

@@ -20,6 +20,7 @@ from moe_compress.compression import compress, workers
 from moe_compress.compression.workers import PeerFailed, Team
 from moe_compress.config import Config
 from moe_compress.run import Run
+from tests.compression.runs import files_of
 
 SOURCE = Path(__file__).parents[2] / "src"
 
@@ -93,10 +94,6 @@ def torchrun(run: Run, processes: int = 2) -> subprocess.CompletedProcess[str]:
         [*command, "-m", "moe_compress", "compress", f"run={run.path}"],
         env=environment, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
-
-
-def files_of(path: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
 
 
 @pytest.fixture

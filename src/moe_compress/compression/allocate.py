@@ -18,7 +18,7 @@ import torch
 
 from moe_compress.compression.calibrate import GRAM_BYTES_AT_ONCE, Calibration, gram_bytes
 from moe_compress.compression.layer import LayerSettings, LayerWork, layer_input
-from moe_compress.compression.ranks import Choices, budget_of, choose, forms_of
+from moe_compress.compression.ranks import Choices, budget_of, choose, forms_of, full_name
 from moe_compress.compression.source import SourceModel
 from moe_compress.compression.walk import CalibrationWalk, Parameters
 from moe_compress.config import Config
@@ -57,8 +57,8 @@ def allocate(
     """
     settings = config.compression
     plain = choose(source.map.layers, config)  # refuses what cannot be reached
-    budget = budget_of(source.map.layers, config)
-    forms = {key: forms_of(key[1], budget.shapes[_name(key)], settings) for key in plain}
+    budget = budget_of(source.map.layers, config, plain)
+    forms = {key: forms_of(key[1], budget.shapes[full_name(key)], settings) for key in plain}
     measured_by = {
         "source": source.checkpoint.fingerprint,
         "settings": [[[asdict(form) for form in each] for each in forms.values()], settings.alignment],
@@ -77,7 +77,7 @@ def allocate(
     curves: Curves = {}
     for done, (index, by_projection) in enumerate(measured, 1):
         layer = source.map.layers[index]
-        curves |= {_name((layer.name, projection)): by_form for projection, by_form in by_projection.items()}
+        curves |= {full_name((layer.name, projection)): by_form for projection, by_form in by_projection.items()}
         on_layer(done, len(source.map.layers))
     curves = {name: curves[name] for name in budget.shapes}
     found = (greedy_choices if settings.allocation == "greedy" else uniform_choices)(curves, budget)
@@ -104,15 +104,11 @@ def allocate(
                     },
                 }
                 for module, projection in plain
-                for name in [_name((module, projection))]
+                for name in [full_name((module, projection))]
             },
         },
     )
-    return {key: found[_name(key)] for key in plain}
-
-
-def _name(key: tuple[str, str]) -> str:
-    return ".".join(key)
+    return {key: found[full_name(key)] for key in plain}
 
 
 def _facts(choice: Choice) -> dict[str, int]:
@@ -193,7 +189,10 @@ def _layer_curves(
     forms = {name: forms_of(name, layer.experts.projections[name], settings) for name in given.weights}
     if settings.alignment == "weights" and any(form.cores for tried in forms.values() for form in tried):
         work.align()
-    return {name: {form: work.curve(name, form).tolist() for form in tried} for name, tried in forms.items()}
+    return {
+        name: {form: curve.tolist() for form, curve in work.curves(name, tried).items()}
+        for name, tried in forms.items()
+    }
 
 
 def never_compressed(index: int) -> Parameters:

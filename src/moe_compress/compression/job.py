@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from rich.console import Console
 from rich.progress import (
@@ -71,17 +73,21 @@ class Job:
                 self.calibration.file(index).unlink(missing_ok=True)
         self.progress.update(self.task, completed=self.team.add("layers written"))
 
-    def calibrate_and_fit(self, walk: CalibrationWalk | None, device: torch.device) -> None:
+    def calibrate_and_fit(self, make_walk: Callable[[], CalibrationWalk | None], device: torch.device) -> None:
         """Collect the Gram matrices of all layers that have no shard, for this process and the others.
 
         So that they do not fill the disk, this process fits a layer itself whenever as many wait to be fitted as there
         are processes; alone, it fits each layer at once.
 
         Args:
-            walk: collects them layer by layer; None does it with the whole model in memory, all before the first fit.
+            make_walk: of what collects them layer by layer, called if any are missing; if it gives None, they are
+                collected with the whole model in memory, all before the first fit.
         """
         assert self.calibration is not None
         pending = [index for index in self.order if not self.written(index)]
+        if not pending:
+            return
+        walk = make_walk()
         if walk is None:
             missing = [index for index in pending if not self.calibration.finished(index)]
             task = self._calibration_task(len(missing))

@@ -5,7 +5,7 @@ Pure functions, which any worker may call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from moe_compress.factorization import (
     FitSpec,
     Form,
     align_neurons,
-    error_curve,
+    error_curves,
     fit,
     group_experts,
     neuron_rows,
@@ -178,10 +178,10 @@ class LayerWork:
             rows = neuron_rows(order, interleaved=interleaved, gates=gates)
             self.out_grams[up] = _permuted_gram(self.out_grams[up], rows)
 
-    def curve(self, projection: str, form: Form) -> Tensor:
-        """The error of a projection at every delta rank, see `error_curve`."""
+    def curves(self, projection: str, forms: Iterable[Form]) -> dict[Form, Tensor]:
+        """The error of a projection in some forms at every delta rank, see `error_curves`."""
         gram, out_gram = (self.shrunk(grams, projection) for grams in (self.grams, self.out_grams))
-        return error_curve(self.weights[projection], form, gram, out_gram)
+        return error_curves(self.weights[projection], forms, gram, out_gram)
 
     def groups(self, projection: str, spec: FitSpec) -> Tensor | None:
         """The core of each expert, where there are several."""

@@ -71,9 +71,12 @@ def _compress(run: Run, team: Team, console: Console) -> None:
     if not team.leads:
         team.wait("planned")  # what is wrong with the model or the settings is told once, by the leader
     source = open_model(run.config.model)
+    calibration = None
+    if run.config.compression.calibration.enabled:
+        calibration = Calibration(run.config, source.path, source.checkpoint.fingerprint, calibration_dir)
     choices = None
     if is_measured(run.config.compression, shapes_of(source.map.layers)):
-        choices = _allocate(run, source, calibration_dir, fit_device(run.config, team.local_rank), console)
+        choices = _allocate(run, source, calibration, fit_device(run.config, team.local_rank), console)
     plan = make_plan(source, run.config, choices)
     if team.leads:
         check_plan(plan)
@@ -81,19 +84,19 @@ def _compress(run: Run, team: Team, console: Console) -> None:
             check_disk(plan, target, _size_below(target.parent) + _size_below(calibration_dir))
         print_plan(plan, console)
         team.publish("planned")
-    facts = compress_model(source, plan, run.config, target, calibration_dir, console, team)
+    facts = compress_model(source, plan, run.config, target, calibration, console, team)
     if facts is not None:
         write_json(run.path / "compression.json", facts)
         run.record(STAGE, source=str(source.path), source_fingerprint=source.checkpoint.fingerprint, **facts["totals"])
         shutil.rmtree(calibration_dir, ignore_errors=True)
 
 
-def _allocate(run: Run, source: SourceModel, calibration_dir: Path, device: torch.device, console: Console) -> Choices:
+def _allocate(
+    run: Run, source: SourceModel, calibration: Calibration | None, device: torch.device, console: Console
+) -> Choices:
     """Measure how to divide the budget, or read what was measured before."""
-    settings = run.config.compression.calibration
-    calibration = None
-    if settings.enabled and not settings.sequential:
-        calibration = Calibration(run.config, source.path, source.checkpoint.fingerprint, calibration_dir)
+    if calibration is not None and calibration.sequential:  # sees layers that are compressed already
+        calibration = None
     with progress_bars(console) as progress:
         task = progress.add_task("measuring errors", total=None, error="")
         return allocate(
@@ -112,14 +115,14 @@ def compress_model(
     plan: Plan,
     config: Config,
     target: Path,
-    calibration_dir: Path,
+    calibration: Calibration | None,
     console: Console,
     team: Team | None = None,
 ) -> dict[str, Any] | None:
     """Write the compressed checkpoint `target`, keeping what an interrupted attempt with the same settings left.
 
     Args:
-        calibration_dir: where the Gram matrices are cached.
+        calibration: on whose text the errors count; None fits on the weights alone.
         team: the processes that divide the work; each calls this function.
 
     Returns:
@@ -129,9 +132,6 @@ def compress_model(
     device = fit_device(config, team.local_rank)
     if target.exists() and not team.leads:
         return None
-    calibration = None
-    if config.compression.calibration.enabled:
-        calibration = Calibration(config, source.path, source.checkpoint.fingerprint, calibration_dir)
     settings = [layer_settings(source, plan, config, index, device) for index in range(len(plan.layers))]
     keys = _keys(source, plan, settings, calibration)
     if target.exists():
@@ -149,7 +149,7 @@ def compress_model(
         progress = stack.enter_context(progress_bars(console))
         job = Job(source, settings, keys, calibration, writer, progress, team)
         if calibration is not None and team.leads:
-            job.calibrate_and_fit(calibration_walk(config, source, calibration, device, console), device)
+            job.calibrate_and_fit(lambda: calibration_walk(config, source, calibration, device, console), device)
         job.fit_layers()
         copy_others(writer, progress, team)
         team.arrive("done")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from fractions import Fraction
 
 import torch
@@ -18,6 +19,11 @@ Key = tuple[str, str]  # module name and projection
 Choices = dict[Key, Choice]
 
 BASIS_SHARES = (Fraction(1, 3), Fraction(1, 2))  # of the inputs, that `compression.input_basis=auto` tries beside 0
+
+
+def full_name(key: Key) -> str:
+    """A projection's name in the whole model, as budgets and curves have it."""
+    return ".".join(key)
 
 
 def forms_of(projection: str, shape: Shape, settings: CompressionConfig) -> tuple[Form, ...]:
@@ -106,49 +112,45 @@ def header_choices(
         UserError: the budget cannot be reached; the message names the nearest feasible ratio.
     """
     settings = config.compression
-    total = math.fsum(map(math.prod, shapes.values())) * original_bytes_per_value
-    target = _target(settings, int(total), bias_bytes)
+    total = sum(map(math.prod, shapes.values())) * original_bytes_per_value
+    target = _target(settings, total, bias_bytes)
     if target is None and settings.rank is None:
         raise UserError("set compression.rank, compression.target_ratio or compression.target_bytes")
     forms = {}
     for key, shape in shapes.items():
         share = 0
         if target is not None:
-            share = math.floor(Fraction(target, int(total)) * math.prod(shape) * original_bytes_per_value)
+            share = math.floor(Fraction(target, total) * math.prod(shape) * original_bytes_per_value)
         forms[key] = _stand_in(key[1], shape, settings, share, bytes_per_value)
     if target is None:
         assert settings.rank is not None
         return {key: Choice(form, 2 * settings.rank) for key, form in forms.items()}
-    names = {f"{module}.{projection}": (module, projection) for module, projection in shapes}
     ranks = uniform_ranks(
-        {name: shapes[key] for name, key in names.items()},
+        {full_name(key): shape for key, shape in shapes.items()},
         target_bytes=target if settings.target_ratio is None else None,
         ratio=settings.target_ratio,
-        forms={name: forms[key] for name, key in names.items()},
+        forms={full_name(key): form for key, form in forms.items()},
         bytes_per_value=bytes_per_value,
         original_bytes_per_value=original_bytes_per_value,
         rank_multiple=settings.rank_multiple,
         parameterization=settings.parameterization,
     )
-    return {key: Choice(forms[key], ranks[name]) for name, key in names.items()}
+    return {key: Choice(form, ranks[full_name(key)]) for key, form in forms.items()}
 
 
-def budget_of(layers: list[MoeLayer], config: Config) -> Budget:
-    """What all projections together may cost: the target, or what the ranks of `choose` cost.
+def budget_of(layers: list[MoeLayer], config: Config, plain: Choices) -> Budget:
+    """What all projections together may cost: the target, or what the ranks of the choices `plain` cost.
 
-    Its projections are called `<module>.<projection>`.
+    Its projections are called by their full names.
     """
     settings = config.compression
-    shapes = {f"{module}.{projection}": shape for (module, projection), shape in shapes_of(layers).items()}
+    shapes = {full_name(key): shape for key, shape in shapes_of(layers).items()}
     width, original = value_width(layers, config), original_width(layers)
     total = _target(settings, sum(map(math.prod, shapes.values())) * original, _bias_bytes(layers, config))
     budget = Budget(shapes, total or 0, width, original, settings.rank_multiple, settings.parameterization)
     if total is not None:
         return budget
-    spent = sum(
-        budget.cost(f"{module}.{projection}", choice) for (module, projection), choice in choose(layers, config).items()
-    )
-    return Budget(shapes, spent, width, original, settings.rank_multiple, settings.parameterization)
+    return replace(budget, total=sum(budget.cost(full_name(key), choice) for key, choice in plain.items()))
 
 
 def _target(settings: CompressionConfig, original: int, bias_bytes: int) -> int | None:

@@ -20,7 +20,6 @@ from moe_compress.compression.ranks import header_choices
 from moe_compress.config import Config
 from moe_compress.errors import UserError
 from moe_compress.evaluation.layer_forms import (
-    OURS,
     LayerLayout,
     fill_randomly,
     random_layer,
@@ -32,6 +31,7 @@ from moe_compress.evaluation.model_speed import model_speed
 from moe_compress.evaluation.roofline import Rates, measure_rates
 from moe_compress.evaluation.speed import TOKENS, layer_speed
 from moe_compress.evaluation.speed_tables import Grid, break_even_lines, layer_grid, model_grid, write_speed
+from moe_compress.evaluation.variants import OURS
 from moe_compress.factorization import Form
 from moe_compress.modeling import (
     ExpertsModule,
@@ -42,7 +42,7 @@ from moe_compress.modeling import (
     resolve_model_path,
 )
 from moe_compress.modeling.experts import SharedCoreExperts
-from moe_compress.modeling.tensors import Layout, form_of
+from moe_compress.modeling.tensors import form_of, make_layout
 
 
 def bench(config: Config, output: Path | None = None) -> dict[str, Any]:
@@ -177,12 +177,9 @@ def plan_layouts(experts: list[ExpertsModule], config: Config, dtype: torch.dtyp
     for (module, projection), choice in header_choices(
         shapes, config, bytes_per_value=dtype.itemsize, original_bytes_per_value=dtype.itemsize
     ).items():
-        layout: Layout = {"delta_rank": choice.delta_rank, "cores": choice.form.cores}
-        if choice.form.cores > 1:
-            layout["groups"] = [expert % choice.form.cores for expert in range(shapes[module, projection][0])]
-        if choice.form.basis:
-            layout["basis"] = choice.form.basis
-        layouts.setdefault(module, {})[projection] = layout
+        cores, experts_of = choice.form.cores, shapes[module, projection][0]
+        groups = [expert % cores for expert in range(experts_of)] if cores > 1 else None
+        layouts.setdefault(module, {})[projection] = make_layout(choice.form, choice.delta_rank, groups)
     return layouts
 
 

@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_compress.evaluation.layer_forms import OURS, SVD, cut_to_aligned_ranks, random_layer, same_bytes_layouts
+from moe_compress.evaluation.layer_forms import cut_to_aligned_ranks, random_layer, same_bytes_layouts
 from moe_compress.evaluation.machine import describe_machine
 from moe_compress.evaluation.measure import load
 from moe_compress.evaluation.model_speed import model_speed
 from moe_compress.evaluation.results import Key, jsonable
 from moe_compress.evaluation.samples import write_samples
 from moe_compress.evaluation.speed import layer_speed
+from moe_compress.evaluation.variants import OURS, SVD
 from moe_compress.files import fingerprint, write_json
 from moe_compress.modeling import (
     experts_per_token,

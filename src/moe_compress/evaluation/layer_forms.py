@@ -12,22 +12,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_compress.compression.ranks import BASIS_SHARES
+from moe_compress.evaluation.variants import CORE, SVD
 from moe_compress.factorization import Form, rank_within
 from moe_compress.factorization.budget import Shape
 from moe_compress.modeling import compress_in_memory, find_experts
 from moe_compress.modeling.experts import SharedCoreExperts, find_shared_cores
-from moe_compress.modeling.tensors import Layout, factor_tensors, form_of
+from moe_compress.modeling.tensors import Layout, factor_tensors, form_of, make_layout
 
 LayerLayout = dict[str, Layout]
 
-OURS = "moe-compress"  # what the settings make of a layer, or a checkpoint has
-CORE, SVD = "shared core", "per-expert SVD"
 # Cores of each projection, and the size of the basis that the up projection reads, as a share of the hidden size H.
 FORMS = {
     CORE: (1, Fraction(0)),
     SVD: (0, Fraction(0)),
-    "shared basis H/3": (0, Fraction(1, 3)),
-    "shared basis H/2": (0, Fraction(1, 2)),
+    **{f"shared basis H/{share.denominator}": (0, share) for share in BASIS_SHARES},
 }
 
 
@@ -63,12 +62,8 @@ def _layouts_within(shapes: Mapping[str, Shape], values: Mapping[str, int]) -> d
         layout: LayerLayout = {}
         for name, shape in shapes.items():
             form = Form(cores, 0 if name == "down_proj" else _aligned(round(share * shape[2])))
-            layout[name] = {
-                "delta_rank": rank_within(shape, values[name], form=form, bytes_per_value=1, rank_multiple=8),
-                "cores": cores,
-            }
-            if form.basis:
-                layout[name]["basis"] = form.basis
+            rank = rank_within(shape, values[name], form=form, bytes_per_value=1, rank_multiple=8)
+            layout[name] = make_layout(form, rank)
         if all(own["delta_rank"] for own in layout.values()):
             found[label] = layout
     return found

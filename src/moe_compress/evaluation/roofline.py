@@ -61,11 +61,9 @@ def layer_work(experts: nn.Module, index: Tensor) -> Work:
     read = multiplied = 0
     for name, parameter in experts.named_parameters(recurse=False):
         units, used, per_token = parameter.shape[0], chosen, top_k
-        if isinstance(experts, SharedCoreExperts) and name in experts.projections:
-            units = experts.layout[name]["cores"]
-            used, per_token = min(units, tokens * top_k), min(units, top_k)
-        if name.endswith("_basis"):
-            units = used = per_token = 1
+        shared = experts.shared_parts(name) if isinstance(experts, SharedCoreExperts) else None
+        if shared is not None:
+            units, used, per_token = shared, min(shared, tokens * top_k), min(shared, top_k)
         if units == 0:
             continue
         size = parameter.numel() // units

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from moe_compress.evaluation.layer_forms import OURS
+from moe_compress.evaluation.variants import OURS
 from moe_compress.files import write_atomically, write_json
 from moe_compress.modeling.tensors import Layout
 

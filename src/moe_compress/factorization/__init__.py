@@ -10,7 +10,7 @@ from moe_compress.factorization.budget import (
     rank_within,
     uniform_ranks,
 )
-from moe_compress.factorization.curves import error_curve
+from moe_compress.factorization.curves import error_curve, error_curves
 from moe_compress.factorization.factors import DeltaFactors, Factors, WrapperFactors
 from moe_compress.factorization.fit import METHODS, FitResult, FitSpec, fit
 from moe_compress.factorization.grams import shrink_grams
@@ -29,6 +29,7 @@ __all__ = [
     "align_neurons",
     "check_rank",
     "error_curve",
+    "error_curves",
     "fit",
     "greedy_choices",
     "group_experts",

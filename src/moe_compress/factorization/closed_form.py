@@ -58,11 +58,10 @@ def fit_delta(
     shared: SharedBasis | None = None
     history: list[float] = []
     for alternation in range(iterations if cores else 1):
-        if solver is not None and core is None:
-            core = solver.solve(solver.moment).float()
-        elif solver is not None:
+        if solver is not None:
             inputs = delta_in if shared is None else delta_in @ shared.basis
-            core = torch.lerp(core, solver.best_core(delta_out, inputs), _RELAXATION)
+            best = solver.best_core(delta_out, inputs) if alternation else solver.solve(solver.moment).float()
+            core = best if core is None else torch.lerp(core, best, _RELAXATION)
         if basis:
             shared = SharedBasis(weights, core, basis, metric, parts)
         error = 0.0

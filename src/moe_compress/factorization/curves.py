@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,9 @@ from moe_compress.factorization.groups import group_experts
 
 
 @torch.no_grad()
-def error_curve(weights: Tensor, form: Form, gram: Tensor | None = None, out_gram: Tensor | None = None) -> Tensor:
+def error_curves(
+    weights: Tensor, forms: Iterable[Form], gram: Tensor | None = None, out_gram: Tensor | None = None
+) -> dict[Form, Tensor]:
     """The squared error of core plus delta at every rank of the delta: relative, but of a known unit with `out_gram`.
 
     The core is the (weighted) mean of the experts, as in the first iteration of the closed form; further iterations
@@ -21,17 +25,31 @@ def error_curve(weights: Tensor, form: Form, gram: Tensor | None = None, out_gra
 
     Args:
         weights: [E, out, in], any floating type.
-        form: its cores and shared basis, as in `FitSpec`.
+        forms: cores and shared basis of each curve, as in `FitSpec`.
         gram: [E, in, in], already shrunk; with it the error is that of the outputs, see `Metric`.
         out_gram: [E, out, out], likewise; then the error is that of the predictions, twice the nats over the text, the
             same unit for every projection and layer.
 
     Returns:
-        [min(out, in) + 1] in fp64 on the CPU, [min(out, s) + 1] with a basis: all experts together with deltas of rank
-        0, 1, ...; ends at 0, or at what the basis does not reach.
+        By form, [min(out, in) + 1] in fp64 on the CPU, [min(out, s) + 1] with a basis: all experts together with deltas
+        of rank 0, 1, ...; ends at 0, or at what the basis does not reach.
     """
     experts, rows, columns = weights.shape
     metric = Metric(*(None if each is None else each.detach().to(weights.device) for each in (gram, out_gram)))
+    unit = metric.unit
+    if out_gram is None:
+        unit = 1 / squared_norm(weights, metric, list(chunks(experts, 4 * rows * columns)))
+    return {form: unit * _tails(weights, form, metric) for form in forms}
+
+
+def error_curve(weights: Tensor, form: Form, gram: Tensor | None = None, out_gram: Tensor | None = None) -> Tensor:
+    """That of one form, see `error_curves`."""
+    return error_curves(weights, [form], gram, out_gram)[form]
+
+
+def _tails(weights: Tensor, form: Form, metric: Metric) -> Tensor:
+    """The squared error at every rank, in the norm of the metric."""
+    _, rows, columns = weights.shape
     squares = torch.zeros(min(rows, form.basis or columns), dtype=torch.float64)
     outside = 0.0
     if form.cores > 1:
@@ -41,9 +59,7 @@ def error_curve(weights: Tensor, form: Form, gram: Tensor | None = None, out_gra
     else:
         squares, outside = _residual_squares(weights, form, metric)
     tails = torch.cat([torch.zeros(1, dtype=torch.float64), squares.cumsum(0)]) + outside  # smallest ones first
-    if out_gram is not None:
-        return tails.flip(0) * metric.unit
-    return tails.flip(0) / squared_norm(weights, metric, list(chunks(experts, 4 * rows * columns)))
+    return tails.flip(0)
 
 
 def _residual_squares(weights: Tensor, form: Form, metric: Metric) -> tuple[Tensor, float]:

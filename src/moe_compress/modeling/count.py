@@ -51,11 +51,8 @@ def count_parameters(model: nn.Module) -> ParameterCount:
             size = parameter.numel()
             expert += size
             expert_bytes += size * parameter.element_size()
-            units = parameter.shape[0]
-            if compressed and leaf.endswith("_basis"):
-                continue  # every token meets it
-            if compressed and leaf in module.projections:
-                units = module.factors(leaf).cores  # type: ignore[operator,union-attr]
+            shared = module.shared_parts(leaf) if isinstance(module, SharedCoreExperts) else None
+            units = parameter.shape[0] if shared is None else shared
             unused = size - size // units * min(top_k, units) if units else 0
             idle += unused
             idle_bytes += unused * parameter.element_size()

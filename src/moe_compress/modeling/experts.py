@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_compress.errors import UserError
+from moe_compress.factorization.budget import Form
 from moe_compress.factorization.factors import DeltaFactors, Factors, WrapperFactors
 from moe_compress.modeling.cores import collect_products, spread_products
 from moe_compress.modeling.expert_mm import by_row, expert_mm, out_side, row_rounding
@@ -35,6 +36,7 @@ from moe_compress.modeling.tensors import (
     factor_tensors,
     factors_from_tensors,
     layout_of,
+    make_layout,
     stored_dtype,
     working_dtype,
 )
@@ -111,13 +113,19 @@ class SharedCoreExperts(nn.Module):
         """The module's entry in `SharedCoreConfig.layers`."""
         found: dict[str, Layout] = {}
         for projection in self.projections:
-            factors = self.factors(projection)
-            found[projection] = {"delta_rank": factors.delta_rank, "cores": factors.cores}
-            if projection in self.core_groups:
-                found[projection]["groups"] = self.core_groups[projection]
-            if factors.basis_size:
-                found[projection]["basis"] = factors.basis_size
+            own = self.factors(projection)
+            form = Form(own.cores, own.basis_size)
+            found[projection] = make_layout(form, own.delta_rank, self.core_groups.get(projection))
         return found
+
+    def shared_parts(self, name: str) -> int | None:
+        """How many parts a parameter has that experts share, its cores or one basis; None if each has its own."""
+        for projection in self.projections:
+            if name == projection:
+                return self.factors(projection).cores
+            if name == f"{projection}_basis":
+                return 1
+        return None
 
     def factors(self, projection: str) -> Factors:
         """The factors of one projection, which share the parameters' storage and gradients."""

@@ -115,14 +115,20 @@ def factor_shapes(
     return shapes
 
 
+def make_layout(form: Form, delta_rank: int, groups: list[int] | None = None) -> Layout:
+    """The entry of a projection of this form and rank; `groups` [E] is the core of each expert, of several."""
+    layout: Layout = {"delta_rank": delta_rank, "cores": form.cores}
+    if groups is not None:
+        layout["groups"] = groups
+    if form.basis:
+        layout["basis"] = form.basis
+    return layout
+
+
 def layout_of(factors: Factors) -> Layout:
     """The entry of `SharedCoreConfig.layers` that describes the factors of one projection."""
-    layout: Layout = {"delta_rank": factors.delta_rank, "cores": factors.cores}
-    if factors.groups is not None:
-        layout["groups"] = factors.groups.tolist()
-    if factors.basis_size:
-        layout["basis"] = factors.basis_size
-    return layout
+    groups = None if factors.groups is None else factors.groups.tolist()
+    return make_layout(Form(factors.cores, factors.basis_size), factors.delta_rank, groups)
 
 
 def form_of(layout: Layout) -> Form:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moe_compress.evaluation.results import Record
+from moe_compress.evaluation.variants import OURS, SVD
 from moe_compress.report.collect import RunData
 from moe_compress.report.measures import (
     behaviour_table,
@@ -119,9 +120,9 @@ def quality(data: RunData) -> Section:
         section.details.append(every_metric)
     students, baseline = data.measured("student"), data.measured("svd")
     if len(students) > 1:
-        series = {"moe-compress": points(students, "perplexity")}
+        series = {OURS: points(students, "perplexity")}
         if len(baseline) > 1:
-            series["per-expert SVD"] = points(baseline, "perplexity")
+            series[SVD] = points(baseline, "perplexity")
         teacher = data.teacher()
         levels = {"original": teacher["perplexity"]} if teacher and teacher.get("perplexity") else {}
         svg = line_plot("perplexity", series, x="step", y="perplexity", levels=levels, markers=True, whole_numbers=True)
@@ -146,7 +147,7 @@ def quality_rows(data: RunData) -> list[tuple[str, Record]]:
 def errors(data: RunData) -> Section:
     """Relative error of the factorization, per layer and projection."""
     section = Section("errors", "Error of the factorization")
-    for title, compression in (("moe-compress", data.compression), ("per-expert SVD", data.baseline_compression)):
+    for title, compression in ((OURS, data.compression), (SVD, data.baseline_compression)):
         if compression is None:
             continue
         layers = list(compression["layers"].values())
@@ -180,7 +181,7 @@ def errors(data: RunData) -> Section:
 def training(data: RunData) -> Section:
     """The parts of the loss over the steps of the distillation, of the run and of its baseline."""
     section = Section("training", "Distillation")
-    logs = {"moe-compress": data.training, "per-expert SVD": data.baseline_training}
+    logs = {OURS: data.training, SVD: data.baseline_training}
     labels = {"loss": "loss that is trained on", "ce": "cross-entropy", "kl": "KL to the teacher"}
     for key, label in labels.items():
         series = {name: points(lines, key) for name, lines in logs.items()}

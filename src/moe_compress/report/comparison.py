@@ -10,6 +10,7 @@ from rich.console import Console
 
 from moe_compress.errors import UserError
 from moe_compress.evaluation.results import Record, jsonable
+from moe_compress.evaluation.variants import OURS
 from moe_compress.files import write_atomically, write_json
 from moe_compress.report.build import Figure, Section, points
 from moe_compress.report.collect import RunData, collect
@@ -201,7 +202,7 @@ def _speed(named: Sequence[Named]) -> Section:
     rows = []
     for name, data in named:
         layer = ((data.speed or {}).get("layer") or {}).get("rows", [])
-        own = {row["tokens"]: row for row in layer if row["variant"] == "moe-compress"}
+        own = {row["tokens"]: row for row in layer if row["variant"] == OURS}
         tokens = list(dict.fromkeys([*tokens, *own]))
         rows.append((name, own))
     if tokens:

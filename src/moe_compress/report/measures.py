@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from moe_compress.evaluation.results import Record, metrics_of
+from moe_compress.evaluation.variants import OURS, SVD
 from moe_compress.report.tables import MISSING, Table, count, number, percent, significant, size, with_error
 
 
@@ -139,10 +140,10 @@ def layer_table(layer: dict[str, Any], speed: dict[str, Any]) -> Table:
         f"{layer['intermediate_size']}; {speed['dtype']} on {where}, {threads(machine)}; median (quartiles), "
         "interleaved; speed is against the fastest original."
     )
-    if any(row["variant"] == "per-expert SVD" for row in layer["rows"]):
+    if any(row["variant"] == SVD for row in layer["rows"]):
         values = "random factors" if speed.get("svd_values") == "random" else "the factors of the baseline"
         note += f" Per-expert SVD: {values}, at most the same bytes, ranks cut to multiples of 8."
-    emphasis = [index for index, variant in enumerate(variants) if variant == "moe-compress"]
+    emphasis = [index for index, variant in enumerate(variants) if variant == OURS]
     return Table("One MoE layer", columns, rows, note, emphasis)
 
 
@@ -171,7 +172,7 @@ def model_table(model: dict[str, Any]) -> Table:
             cells += [_spread(row, kind), f"{row[f'{kind}_speedup']:.2f}x"] if has else [MISSING, MISSING]
         cells += [size(row.get("weight_bytes")), size(row.get("peak_bytes"))] if with_memory else []
         rows.append(cells)
-    emphasis = [index for index, row in enumerate(model["rows"]) if row["variant"] == "moe-compress"]
+    emphasis = [index for index, row in enumerate(model["rows"]) if row["variant"] == OURS]
     note = "Tokens per second, one sequence at a time; median (quartiles), interleaved."
     if with_memory:
         note += " Peak: the most that reading the prompt allocates beyond the weights."

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from moe_compress.evaluation.results import Record
+from moe_compress.evaluation.variants import OURS, SVD
 from moe_compress.report.collect import RunData
 from moe_compress.report.tables import number, percent, significant, size, with_error
 
@@ -40,7 +41,7 @@ def compare(core: Record, svd: Record) -> Comparison | None:
     difference, stderr = result
     if difference == 0 or (stderr is not None and abs(difference) < _SIGNIFICANT * stderr):
         return Comparison(difference, stderr, "draw")
-    return Comparison(difference, stderr, "moe-compress" if difference > 0 else "per-expert SVD")
+    return Comparison(difference, stderr, OURS if difference > 0 else SVD)
 
 
 def paired_difference(one: Record, other: Record) -> tuple[float, float | None] | None:
@@ -113,7 +114,7 @@ def _rival(data: RunData, *, distilled: bool) -> str | None:
         )
     if result.stderr is None:
         gap += ", uncertainty unknown"
-    if result.winner == "moe-compress":
+    if result.winner == OURS:
         return f"{state}, {bytes_}, moe-compress beats plain per-expert SVD: perplexity {figures}, {gap}."
     return f"{state}, {bytes_}, plain per-expert SVD beats moe-compress: perplexity {figures} (SVD), {gap}."
 
@@ -133,7 +134,7 @@ def _speed(data: RunData) -> str | None:
     rows: list[dict[str, Any]] = (data.speed or {}).get("layer", {}).get("rows", [])
     parts = []
     for row in rows:
-        if row["variant"] == "moe-compress" and row.get("speedup") is not None:
+        if row["variant"] == OURS and row.get("speedup") is not None:
             tokens = f"{row['tokens']:,} token{'s' if row['tokens'] != 1 else ''}"
             parts.append(f"{significant(row['speedup'], 2)}x at {tokens}")
     if not parts:
