@@ -15,13 +15,14 @@ from moe_compress.evaluation import model_speed as model_module
 from moe_compress.evaluation import speed as speed_module
 from moe_compress.evaluation import timing
 from moe_compress.evaluation.bench import bench, bench_layers
-from moe_compress.evaluation.layer_forms import CORE, OURS, SVD, random_layer
+from moe_compress.evaluation.layer_forms import random_layer
 from moe_compress.evaluation.memory import allocated_by
 from moe_compress.evaluation.model_speed import model_speed
 from moe_compress.evaluation.roofline import Rates, Work, layer_work
 from moe_compress.evaluation.speed import Variant, layer_inputs, layer_speed, original_variants
 from moe_compress.evaluation.speed_tables import Grid, break_even_lines, layer_grid
 from moe_compress.evaluation.timing import time_interleaved
+from moe_compress.evaluation.variants import CORE, OURS, SVD
 from moe_compress.modeling import find_experts
 
 from .conftest import make_model, mean_core
