@@ -106,6 +106,7 @@ VARIANTS: dict[str, Variant] = {
     "alpha-1": Variant("alpha 1 (teacher only)", settings=("distillation.loss.alpha=1",)),
     "temperature-2": Variant("T 2", settings=("distillation.loss.temperature=2",)),
     "reverse-kl": Variant("reverse KL", settings=("distillation.loss.divergence=reverse_kl",)),
+    "double-rate": Variant("twice the learning rate", settings=("distillation.training.learning_rate=1.2e-3",)),
     "high-rate": Variant("8 times the learning rate", settings=(_HIGH_RATE,)),
     "high-rate-skip": Variant(
         "the same, spikes skipped",
