@@ -193,3 +193,11 @@ def test_memory_and_disk_of_fisher_information(large: SourceModel, monkeypatch: 
     logits = 4 * VOCABULARY
     tokens = 2 * batch_size * text.max_length
     assert whole.peak_bytes > plan.before.bytes + tokens * (LAYERS * 2 * routed + 4 * logits)
+
+
+def test_the_tables_fit_a_terminal_of_80_columns(large: SourceModel) -> None:
+    config = Config()
+    config.compression.target_ratio = 0.25
+    text = io.StringIO()
+    print_plan(make_plan(large, config), Console(file=text, width=80))
+    assert "gate_up_proj" in text.getvalue() and "…" not in text.getvalue()

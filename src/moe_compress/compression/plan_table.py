@@ -11,7 +11,7 @@ from rich.table import Table
 from moe_compress.compression.planning import LayerPlan, Plan
 from moe_compress.factorization import Form
 
-_PADDING = (0, 1, 0, 0)  # so that a row fits a terminal of 80 columns
+_PADDING = (0, 0)  # so that a row fits a terminal of 80 columns
 
 
 def _bytes(count: float) -> str:
@@ -92,7 +92,7 @@ def _layer_table(plan: Plan) -> Table:
     )
     for title in ("layers", "top-k", "projection"):
         table.add_column(title, no_wrap=True)
-    for title in ("out x in", "shared", "rank R", "before", "after", "kept"):
+    for title in ("out x in", "shared", "rank", "before", "after", "kept"):
         table.add_column(title, justify="right", no_wrap=True)
 
     def kind(item: tuple[int, LayerPlan]) -> tuple[object, ...]:
@@ -105,7 +105,7 @@ def _layer_table(plan: Plan) -> Table:
             first = position == 0
             table.add_row(
                 span if first else "",
-                f"{layers[0].top_k} of {projection.experts}" if first else "",
+                f"{layers[0].top_k}/{projection.experts}" if first else "",
                 projection.name,
                 f"{projection.rows} x {projection.columns}",
                 _shared(projection.form),
