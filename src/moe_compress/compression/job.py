@@ -10,7 +10,6 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -88,24 +87,21 @@ class Job:
         if not pending:
             return
         walk = make_walk()
+        text = f"{self.calibration.rows.size:,} tokens"
+        task = self.progress.add_task("calibrating", total=None, error=text, visible=False)
+
+        def on_progress(done: int, total: int) -> None:
+            self.progress.update(task, completed=done, total=total, visible=True)
+
         if walk is None:
             missing = [index for index in pending if not self.calibration.finished(index)]
-            task = self._calibration_task(len(missing))
             if missing:
-                self.calibration.run(
-                    missing, device, lambda done, total: self.progress.update(task, completed=done, total=total)
-                )
+                self.calibration.run(missing, device, on_progress)
             for index in pending:
                 self.team.publish(f"grams of {index}")
             return
-        task = self._calibration_task(len(pending))
         taken: list[int] = []  # places in `order`, by this process, their matrices yet to come
-        walked = walk.run(
-            self.written,
-            self.writer.layer_parameters,
-            lambda done, total: self.progress.update(task, completed=done, total=total),
-        )
-        for index in walked:
+        for index in walk.run(self.written, self.writer.layer_parameters, on_progress):
             self.team.publish(f"grams of {index}")
             reached = self.order.index(index)
             while reached + 1 - self.team.add("layers", 0) >= (1 if self.calibration.sequential else self.team.size):
@@ -116,11 +112,6 @@ class Job:
                 self.fit(self.order[number])
         for number in taken:
             self.fit(self.order[number])
-
-    def _calibration_task(self, pending: int) -> TaskID:
-        assert self.calibration is not None
-        text = f"{self.calibration.rows.size:,} tokens"
-        return self.progress.add_task("calibrating", total=None, error=text, visible=pending > 0)
 
     def _show(self, projection: str, error: float) -> None:
         self.progress.update(self.task, error=f"{projection} error {error:.3f}")
