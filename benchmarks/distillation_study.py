@@ -97,6 +97,7 @@ VARIANTS: dict[str, Variant] = {
     "slow-basis": Variant("shared basis at 0.3 of the rate", rates=((BASES, 0.3),)),
     "slow-factors": Variant("factors of the experts at 0.3 of the rate", rates=((FACTORS, 0.3),)),
     "fast-factors": Variant("factors of the experts at 3 times the rate", rates=((FACTORS, 3.0),)),
+    "faster-factors": Variant("factors of the experts at 6 times the rate", rates=((FACTORS, 6.0),)),
     "router-only": Variant("only the routers train", stages=((1.0, _ROUTER),)),
     "experts-only": Variant("only the experts train", stages=((1.0, _EXPERTS),)),
     "experts-then-all": Variant("experts for 1/4, then everything", stages=((0.25, _EXPERTS), (0.75, _ALL))),
