@@ -26,7 +26,7 @@ import torch
 from moe_compress import settings
 from moe_compress.compression import compress
 from moe_compress.compression.checkpoint import Checkpoint
-from moe_compress.config import Config, LrMultiplier, StageConfig
+from moe_compress.config import Config, DistillationConfig, LrMultiplier, StageConfig
 from moe_compress.distillation import distill, generate_teacher_logits
 from moe_compress.distillation.manifest import MANIFEST
 from moe_compress.distillation.teachers import teacher_path
@@ -82,7 +82,7 @@ _ALL = {"name": "all"}
 _HIGH_RATE = "distillation.training.learning_rate=4.8e-3"
 
 VARIANTS: dict[str, Variant] = {
-    BASELINE: Variant("the preset's form, everything trains, alpha 0.9, T 1"),
+    BASELINE: Variant("the preset's form, everything trains at one rate, alpha 0.9, T 1"),
     "no-basis": Variant("no shared basis: factors of each expert alone", form="no-basis"),
     "core": Variant("core + delta", form="core"),
     "core-uniform": Variant("core + delta, uniform ranks, no Fisher", form="core-uniform", against="core"),
@@ -147,7 +147,8 @@ def config_of(variant: Variant, seed: int, options: argparse.Namespace) -> Confi
         distillation.stages.append(StageConfig(steps=steps, **stage))
         left -= steps
     own = [LrMultiplier(pattern, factor) for pattern, factor in variant.rates]
-    distillation.parameter_lr_multipliers = own + distillation.parameter_lr_multipliers
+    # Not those of the preset, which have what the study found.
+    distillation.parameter_lr_multipliers = own + DistillationConfig().parameter_lr_multipliers
     return config
 
 
