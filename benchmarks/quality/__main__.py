@@ -18,12 +18,13 @@ from benchmarks.quality.table import markdown, plot
 from moe_compress.errors import UserError
 from moe_compress.files import write_atomically
 
-# The product with its default settings; without the shared basis; with a core in its place; and its plain SVD preset.
+# The product with its default settings; without cores; without the shared basis either; with a core in its place; and
+# its plain SVD preset.
 OURS = {
     "ours": [],
-    "ours-no-basis": ["compression.input_basis=0"],
+    "ours-no-core": ["compression.cores=0"],
+    "ours-no-basis": ["compression.cores=0", "compression.input_basis=0"],
     "ours-core": ["compression=core"],
-    "ours-auto": ["compression.cores=auto"],
     "ours-svd": ["compression=svd"],
 }
 

@@ -71,7 +71,8 @@ _RULES: dict[type, dict[str, _Rule]] = {
         "target_bytes": _at_least(1),
         "rank_multiple": _at_least(1),
         "cores": _Rule(
-            lambda cores: cores >= 0 if isinstance(cores, int) else cores == "auto", "a whole number from 0, or auto"
+            lambda cores: cores >= 0 if isinstance(cores, int) else cores in ("auto", "groups"),
+            "a whole number from 0, auto or groups",
         ),
         "input_basis": _Rule(
             lambda share: share == "auto" if isinstance(share, str) else 0 <= share < 1, "from 0 to below 1, or auto"

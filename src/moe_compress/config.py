@@ -91,10 +91,10 @@ class CompressionConfig:
         "delta", "What is stored and trained: delta (core + A B) or wrapper ((I+UV')C(I+UV')).", ("delta", "wrapper")
     )
     cores: int | str = setting(
-        0,
+        "auto",
         "Cores per layer and projection: 0 none (low-rank experts), 1 shared core, more for groups of experts "
-        "with a core each; auto takes for each projection which of 0, 1 (and, from 16 experts on, 2, 4) fits best at "
-        "the same bytes.",
+        "with a core each; auto takes for each projection which of 0 and 1 fits best at the same bytes, groups also "
+        "tries 2 and 4 from 16 experts on.",
     )
     input_basis: float | str = setting(
         "auto",

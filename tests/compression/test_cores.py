@@ -101,7 +101,7 @@ def test_alignment_within_the_groups(planted: Path, settings: Settings, tmp_path
 
 
 def test_auto_takes_what_fits(planted: Path, settings: Settings, tmp_path: Path, tokens: Tensor) -> None:
-    config = settings(planted, cores="auto", target_ratio=0.5, rank_multiple=1)
+    config = settings(planted, cores="groups", target_ratio=0.5, rank_multiple=1)
     plan = make_plan(open_model(config.model), config)
     run, facts = compressed(config, tmp_path / "run")
     layers = layers_of(run)
@@ -129,7 +129,7 @@ def test_the_choice_stays_within_the_budget(
 ) -> None:
     config = settings(
         planted,
-        cores="auto",
+        cores="groups",
         rank_multiple=1,
         parameterization=parameterization,
         allocation=allocation,
@@ -151,21 +151,21 @@ def test_the_choice_stays_within_the_budget(
 
 
 def test_few_experts_get_no_groups(model_dir: Callable[[str], Path], settings: Settings) -> None:
-    config = settings(model_dir("olmoe"), cores="auto", target_ratio=0.5)
+    config = settings(model_dir("olmoe"), cores="groups", target_ratio=0.5)
     for layer in open_model(config.model).map.layers:
         for name, shape in layer.experts.projections.items():
             assert forms_of(name, shape, config.compression) == (Form(0), Form(1))
 
 
 def test_the_plan_says_what_is_open(planted: Path, settings: Settings) -> None:
-    config = settings(planted, cores="auto", target_ratio=0.5)
+    config = settings(planted, cores="groups", target_ratio=0.5)
     stream = io.StringIO()
     print_plan(make_plan(open_model(config.model), config), Console(file=stream, width=200))
-    assert "compression.cores=auto: the bytes are an upper limit" in stream.getvalue()
+    assert "compression.cores=groups: the bytes are an upper limit" in stream.getvalue()
 
 
 def test_a_share_that_buys_nothing_is_refused(planted: Path, settings: Settings) -> None:
-    config = settings(planted, cores="auto", target_ratio=0.01)
+    config = settings(planted, cores="groups", target_ratio=0.01)
     with pytest.raises(UserError, match="the nearest feasible compression.target_ratio"):
         choose(open_model(config.model).map.layers, config)
 
@@ -174,7 +174,7 @@ def test_a_share_that_buys_nothing_is_refused(planted: Path, settings: Settings)
 def test_interrupted_and_resumed_gives_the_same_choice(
     sequential: bool, planted: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = settings(planted, calibrate=True, cores="auto", target_ratio=0.5, rank_multiple=1)
+    config = settings(planted, calibrate=True, cores="groups", target_ratio=0.5, rank_multiple=1)
     config.compression.calibration.sequential = sequential
     whole, facts = compressed(config, tmp_path / "whole")
     assert any(p["cores"] == 4 for layer in facts["layers"].values() for p in layer["projections"].values())

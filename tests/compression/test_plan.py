@@ -135,7 +135,7 @@ def test_printed(model_dir: Callable[[str], Path], settings: Settings) -> None:
     stream = io.StringIO()
     print_plan(replace(result, unused=["extra.weight"]), Console(file=stream, width=80))
     text = stream.getvalue()
-    for part in ("OlmoeForCausalLM", "2 of 8", "32 x 16", "gate_up_proj", "FLOPs", "peak memory", "extra.weight"):
+    for part in ("OlmoeForCausalLM", "2/8", "32 x 16", "gate_up_proj", "FLOPs", "peak memory", "extra.weight"):
         assert part in text
     json.dumps(result.as_dict())
 

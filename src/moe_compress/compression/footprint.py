@@ -121,7 +121,7 @@ def _fitting(layer: LayerPlan, settings: CalibrationConfig, cores: int | str) ->
 
 
 def _may_group(projection: ProjectionPlan, cores: int | str) -> bool:
-    return projection.form.cores > 1 or (cores == "auto" and bool(more_cores(projection.experts)))
+    return projection.form.cores > 1 or bool(more_cores(projection.experts, cores))
 
 
 def _gram(projection: ProjectionPlan, features: int) -> int:

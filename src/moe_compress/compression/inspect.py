@@ -118,7 +118,7 @@ def measure_layer(weights: dict[str, Tensor], *, interleaved: bool) -> dict[str,
             "error_with_core": errors_at(with_core, shape, Form(1)),
             "error_without_core": errors_at(without_core, shape, Form(0)),
         }
-        for cores in more_cores(experts):
+        for cores in more_cores(experts, "groups"):
             curve = error_curve(after[name], Form(cores))
             found[name][f"error_with_{cores}_cores"] = errors_at(curve, shape, Form(cores))
         if name != "down_proj":

@@ -34,10 +34,10 @@ def forms_of(projection: str, shape: Shape, settings: CompressionConfig) -> tupl
         shape: (E, out, in).
     """
     wrapper = settings.parameterization == "wrapper"
-    if settings.cores == "auto":
-        cores: tuple[int, ...] = (*(() if wrapper else (0,)), 1, *more_cores(shape[0]))
+    if isinstance(settings.cores, int):
+        cores: tuple[int, ...] = (settings.cores,)
     else:
-        cores = (int(settings.cores),)
+        cores = (*(() if wrapper else (0,)), 1, *more_cores(shape[0], settings.cores))
     shares: tuple[Fraction, ...] = (Fraction(0),)
     if projection != "down_proj" and settings.input_basis == "auto":
         shares = shares if wrapper or settings.method != "closed_form" else (Fraction(0), *BASIS_SHARES)
@@ -47,7 +47,7 @@ def forms_of(projection: str, shape: Shape, settings: CompressionConfig) -> tupl
         Form(number, basis_size(share, shape, settings))
         for number in cores
         for share in shares
-        if number < 2 or not share or len(shares) == 1
+        if number < 2 or not share or len(cores) == len(shares) == 1  # the last is refused by the fit
     )
     if len(forms) == 1:
         return forms
@@ -64,17 +64,17 @@ def basis_size(share: Fraction, shape: Shape, settings: CompressionConfig) -> in
     return size - size % multiple if size > multiple else size
 
 
-def more_cores(experts: int) -> tuple[int, ...]:
-    """The numbers of cores beside 0 and 1 that are tried on a projection of so many experts."""
-    return (2, 4) if experts >= 16 else ()
+def more_cores(experts: int, cores: int | str) -> tuple[int, ...]:
+    """The numbers of cores beside 0 and 1 that are tried on a projection of so many experts: with `cores=groups`."""
+    return (2, 4) if cores == "groups" and experts >= 16 else ()
 
 
 def is_measured(settings: CompressionConfig, shapes: Mapping[Key, Shape]) -> list[str]:
     """The settings that leave forms or ranks to be chosen by measuring the model; none, if headers are enough."""
     open_settings = ["compression.allocation=greedy"] if settings.allocation == "greedy" else []
     forms = {form for (_, name), shape in shapes.items() for form in forms_of(name, shape, settings)}
-    if settings.cores == "auto":
-        open_settings.append("compression.cores=auto")
+    if isinstance(settings.cores, str):
+        open_settings.append(f"compression.cores={settings.cores}")
     if settings.input_basis == "auto" and any(form.basis for form in forms):
         open_settings.append("compression.input_basis=auto")
     return open_settings
@@ -105,8 +105,8 @@ def header_choices(
 ) -> Choices:
     """What each projection becomes, by compression.rank or the same share of the bytes for all.
 
-    Where the settings leave something to be measured, this stands for it: one core for `cores=auto`, and for
-    `input_basis=auto` the smallest basis that can spend the share.
+    Where the settings leave something to be measured, this stands for it: the fewest cores for `cores=auto`
+    or `groups`, and for `input_basis=auto` the smallest basis that can spend the share.
 
     Raises:
         UserError: the budget cannot be reached; the message names the nearest feasible ratio.
@@ -167,7 +167,7 @@ def _stand_in(projection: str, shape: Shape, settings: CompressionConfig, share:
     forms = forms_of(projection, shape, settings)
     if len(forms) == 1:
         return forms[0]
-    cores = 1 if settings.cores == "auto" else settings.cores
+    cores = settings.cores if isinstance(settings.cores, int) else min(form.cores for form in forms)
     plain = [form for form in forms if form.cores == cores] or list(forms)
     for form in sorted(plain):
         rank = rank_within(

@@ -39,7 +39,9 @@ def error_curves(
     unit = metric.unit
     if out_gram is None:
         unit = 1 / squared_norm(weights, metric, list(chunks(experts, 4 * rows * columns)))
-    return {form: unit * _tails(weights, form, metric) for form in forms}
+    forms = list(forms)
+    core = _core(weights, metric) if any(form.cores == 1 for form in forms) else None
+    return {form: unit * _tails(weights, form, core if form.cores == 1 else None, metric) for form in forms}
 
 
 def error_curve(weights: Tensor, form: Form, gram: Tensor | None = None, out_gram: Tensor | None = None) -> Tensor:
@@ -47,35 +49,38 @@ def error_curve(weights: Tensor, form: Form, gram: Tensor | None = None, out_gra
     return error_curves(weights, [form], gram, out_gram)[form]
 
 
-def _tails(weights: Tensor, form: Form, metric: Metric) -> Tensor:
-    """The squared error at every rank, in the norm of the metric."""
+def _tails(weights: Tensor, form: Form, core: Tensor | None, metric: Metric) -> Tensor:
+    """The squared error at every rank, in the norm of the metric; `core` [out, in] is that of all experts."""
     _, rows, columns = weights.shape
     squares = torch.zeros(min(rows, form.basis or columns), dtype=torch.float64)
     outside = 0.0
     if form.cores > 1:
         groups = group_experts(weights, form.cores, metric.gram).to(weights.device)
         for group in range(form.cores):
-            squares += _residual_squares(weights[groups == group], Form(), metric.select(groups == group))[0]
+            own, norm = weights[groups == group], metric.select(groups == group)
+            squares += _residual_squares(own, _core(own, norm), 0, norm)[0]
     else:
-        squares, outside = _residual_squares(weights, form, metric)
+        squares, outside = _residual_squares(weights, core, form.basis, metric)
     tails = torch.cat([torch.zeros(1, dtype=torch.float64), squares.cumsum(0)]) + outside  # smallest ones first
     return tails.flip(0)
 
 
-def _residual_squares(weights: Tensor, form: Form, metric: Metric) -> tuple[Tensor, float]:
-    """The squared singular values of what the core of some experts leaves, within the basis, summed over them.
+def _core(weights: Tensor, metric: Metric) -> Tensor:
+    """The best core [out, in] of some experts without deltas; fp32."""
+    solver = CoreSolver(weights, metric, list(chunks(weights.shape[0], 4 * weights[0].numel())))
+    return solver.solve(solver.moment).float()
+
+
+def _residual_squares(weights: Tensor, core: Tensor | None, basis: int, metric: Metric) -> tuple[Tensor, float]:
+    """The squared singular values of what the core of some experts leaves, within a basis, summed over them.
 
     Returns:
         Those, ascending, in fp64 on the CPU; and the squared norm of what lies outside of the basis.
     """
     experts, rows, columns = weights.shape
     parts = list(chunks(experts, 4 * rows * columns))
-    core = None
-    if form.cores:
-        solver = CoreSolver(weights, metric, parts)
-        core = solver.solve(solver.moment).float()
-    shared = SharedBasis(weights, core, form.basis, metric, parts) if form.basis else None
-    squares = torch.zeros(min(rows, form.basis or columns), dtype=torch.float64)
+    shared = SharedBasis(weights, core, basis, metric, parts) if basis else None
+    squares = torch.zeros(min(rows, basis or columns), dtype=torch.float64)
     outside = 0.0
     for part in parts:
         rest = residual(weights, core, part)
