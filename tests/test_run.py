@@ -339,7 +339,7 @@ def test_create_freezes_a_nested_run(path: Path) -> None:
         settings.compose(["compression=svd"])
     )
     Run.create(path / "baseline_svd", settings.compose(["compression=svd", "gpu_ids=[1]"]))
-    with pytest.raises(UserError, match="compression.input_basis is frozen at 0.0 .* given as auto"):
+    with pytest.raises(UserError, match="compression.cores is frozen at 0 .* given as auto"):
         Run.create(path / "baseline_svd", settings.compose([]))
     with pytest.raises(UserError, match="is not a run directory"):
         Run.open(path)
