@@ -121,6 +121,34 @@ def test_auto_takes_what_fits(planted: Path, settings: Settings, tmp_path: Path,
     assert load_model(run.checkpoint(0))(tokens).logits.isfinite().all()
 
 
+def test_auto_takes_one_core_or_none(planted: Path, settings: Settings, tmp_path: Path) -> None:
+    """One core in the layer whose experts share it; never more, even where they have four."""
+    config = settings(planted, cores="auto", target_ratio=0.5, rank_multiple=1)
+    for layer in open_model(config.model).map.layers:
+        for name, shape in layer.experts.projections.items():
+            assert forms_of(name, shape, config.compression) == (Form(0), Form(1))
+    layers = layers_of(compressed(config, tmp_path / "run")[0])
+    assert layers[1]["gate_up_proj"]["cores"] == 1
+    assert [layer["down_proj"]["cores"] for layer in layers] == [0, 0]
+
+
+def test_auto_reaches_budgets_that_one_core_exceeds(
+    model_dir: Callable[[str], Path], settings: Settings, tmp_path: Path
+) -> None:
+    """One of 8 experts' bytes for the core alone would be an eighth."""
+    size = {"target_ratio": 0.12, "rank_multiple": 1}
+    with pytest.raises(UserError, match="the nearest feasible compression.target_ratio"):
+        compressed(settings(model_dir("olmoe"), cores=1, **size), tmp_path / "one")
+    run, facts = compressed(settings(model_dir("olmoe"), cores="auto", **size), tmp_path / "auto")
+    assert facts["totals"]["ratio"] <= 0.12
+    assert all(own["cores"] == 0 for layer in layers_of(run) for own in layer.values())
+
+
+def test_the_default_measures_cores_and_basis() -> None:
+    defaults = Config().compression
+    assert (defaults.cores, defaults.input_basis, defaults.allocation) == ("auto", "auto", "greedy")
+
+
 @pytest.mark.parametrize("changes", [{"target_ratio": 0.4}, {"target_bytes": 100_000}, {"rank": 3}])
 @pytest.mark.parametrize("parameterization", ["delta", "wrapper"])
 @pytest.mark.parametrize("allocation", ["uniform", "greedy"])

@@ -209,7 +209,10 @@ def test_outputs_that_weigh_alike_change_nothing(anisotropic_grams):
 def test_leading_vectors_near_a_start(shape):
     """They capture no less than the start does, next to all from near the true ones, and are orthonormal."""
     matrix, rank = random_experts(*shape), 6
-    kept = lambda span: (span.mT @ matrix).square().sum()  # noqa: E731
+
+    def kept(span):
+        return (span.mT @ matrix).square().sum()
+
     best = kept(leading_left_vectors(matrix, rank))
     far = torch.linalg.qr(random_experts(shape[0], shape[1], rank, seed=1)).Q
     near = leading_left_vectors(matrix + 0.05 * random_experts(*shape, seed=2), rank)

@@ -32,7 +32,7 @@ from moe_compress.run import Run
 
 STAGE = "compress"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_SHARD_FORMAT = 4  # part of what a shard was made by: raise it when the same settings give other tensors
+_SHARD_FORMAT = 5  # part of what a shard was made by: raise it when the same settings give other tensors
 
 
 def compress(run: Run) -> None:
