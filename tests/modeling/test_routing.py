@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_compress.modeling import expert_mm, experts
+from moe_compress.modeling import expert_mm, experts, onednn
 from moe_compress.modeling.routing import Routing
 from tests.modeling.test_cores import grouped
 from tests.modeling.test_experts import EXPERTS, KINDS, original, route, shared
@@ -38,14 +38,38 @@ def test_rounded_rows_go_to_their_experts_and_back(tokens: int, top_k: int, mult
     assert len(rows) == len(Routing(index.flip(0), weights, EXPERTS, round_to=multiple).tokens)  # whatever the index
 
 
-def test_rows_are_rounded_for_16_bit_types_on_a_cpu_without_gradient() -> None:
-    cpu = torch.device("cpu")
+def test_rows_are_rounded_where_onednn_compiles_for_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    side = torch.zeros(64, 4, 8, dtype=torch.bfloat16)
     with torch.no_grad():
-        sizes = [expert_mm.row_rounding(64 * rows, 64, torch.bfloat16, cpu) for rows in (1, 16, 40, 64, 300)]
+        sizes = [expert_mm.row_rounding(64 * rows, [side]) for rows in (1, 16, 40, 64, 300)]
         assert sizes == [8, 8, 8, 8, 32]
-        assert expert_mm.row_rounding(64, 64, torch.float32, cpu) == 1
-        assert expert_mm.row_rounding(64, 64, torch.bfloat16, torch.device("meta")) == 1
-    assert expert_mm.row_rounding(64, 64, torch.bfloat16, cpu) == 1
+        assert expert_mm.row_rounding(64, [side.float()]) == 1
+        assert expert_mm.row_rounding(64, [side.to("meta")]) == 1
+        monkeypatch.setattr(onednn, "_FASTER", True)
+        large = torch.zeros(64, 1, 1).expand(-1, 512, 512)
+        assert expert_mm.row_rounding(64 * 64, [side.float(), large]) == 8
+        assert expert_mm.row_rounding(64 * 64, [large.double()]) == 1
+        monkeypatch.setattr(onednn, "_FASTER", False)
+        assert expert_mm.row_rounding(64 * 64, [side.float(), large]) == 1
+    assert expert_mm.row_rounding(64, [side]) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_few_rows_are_not_rounded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row is multiplied by itself there: one that fills up would cost as much as any other."""
+    replacement = shared(original(kind, torch.bfloat16))
+    hidden, index, weights = route(6, 2)
+    seen = []
+    bags = expert_mm._bagged
+
+    def spy(rows: Tensor, *others: Tensor) -> Tensor:
+        seen.append(len(rows))
+        return bags(rows, *others)
+
+    monkeypatch.setattr(expert_mm, "_bagged", spy)
+    with torch.no_grad():
+        replacement(hidden.bfloat16(), index, weights.bfloat16())
+    assert seen == [6 * 2] * 4
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,11 +7,11 @@ applied to every token, as one dense product; with more, each row is sent to its
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moe_compress.factorization.factors import DeltaFactors
 from moe_compress.modeling.grouped_mm import grouped_mm
+from moe_compress.modeling.onednn import linear
 from moe_compress.modeling.routing import Routing
 
 
@@ -27,10 +27,10 @@ def spread_products(tokens: Tensor, factors: DeltaFactors, routing: Routing) -> 
     """
     assert factors.core is not None
     if factors.groups is None:
-        return routing.spread(F.linear(tokens, factors.core))
+        return routing.spread(linear(tokens, factors.core))
     if factors.cores > routing.top_k:
         return _row_products(routing.spread(tokens), factors, routing)
-    products = F.linear(tokens, factors.core).view(-1, factors.delta_out.shape[1])  # of token 0 and core 0, core 1 ...
+    products = linear(tokens, factors.core).view(-1, factors.delta_out.shape[1])  # of token 0 and core 0, core 1 ...
     return products.index_select(0, routing.tokens * factors.cores + factors.groups[routing.experts])
 
 
@@ -46,13 +46,13 @@ def collect_products(rows: Tensor, factors: DeltaFactors, routing: Routing) -> T
     """
     assert factors.core is not None
     if factors.groups is None:
-        return F.linear(routing.collect(rows, routing.weights), factors.core)
+        return linear(routing.collect(rows, routing.weights), factors.core)
     if factors.cores > routing.top_k:
         return routing.collect(_row_products(rows, factors, routing), routing.weights)
     group = factors.groups[routing.experts][:, None]
     out = rows.new_zeros(routing.num_tokens, factors.delta_out.shape[1])
     for number, core in enumerate(factors.core.view(factors.cores, -1, rows.shape[1])):
-        out = out + F.linear(routing.collect(rows, routing.weights.masked_fill(group != number, 0.0)), core)
+        out = out + linear(routing.collect(rows, routing.weights.masked_fill(group != number, 0.0)), core)
     return out
 
 

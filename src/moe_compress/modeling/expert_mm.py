@@ -10,12 +10,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_compress.modeling import onednn
 from moe_compress.modeling.grouped_mm import grouped_mm
 from moe_compress.modeling.routing import Routing
 
@@ -35,16 +37,27 @@ def by_row(rows: int, weight: Tensor) -> bool:
     return rows * weight.shape[1] * weight.shape[2] <= _GATHERED_VALUES
 
 
-def row_rounding(rows: int, experts: int, rows_dtype: torch.dtype, device: torch.device) -> int:
-    """To what the number of rows of each expert is rounded up, for grouped GEMMs without gradient.
+def row_rounding(rows: int, sides: Sequence[Tensor]) -> int:
+    """To what the number of rows of each expert is rounded up, for grouped GEMMs without gradient with `sides`.
 
-    For 16-bit types on a CPU oneDNN compiles a kernel for each number of rows, in half a millisecond and half a
-    megabyte, and keeps 1024 of them. Experts see another number each time, and layers whose ranks differ have kernels
-    of their own; with a few numbers of rows all of a model's kernels are kept. Some 6 % more rows are multiplied.
+    On a CPU oneDNN compiles a kernel for each number of rows, in half a millisecond and half a megabyte, and keeps 1024
+    of them. Experts see another number each time, and layers whose ranks differ have kernels of their own; with a few
+    numbers of rows all of a model's kernels are kept. Some 6 % more rows are multiplied.
+
+    Args:
+        rows: of all experts together.
+        sides: [E, in, out] each, what the rows are multiplied with.
     """
-    if device.type != "cpu" or rows_dtype not in (torch.bfloat16, torch.float16) or torch.is_grad_enabled():
+    experts = sides[0].shape[0]
+    if not any(_by_onednn(rows // experts, side) for side in sides):
         return 1
     return max(8, 2 ** ((rows // experts // 8).bit_length() - 1)) if rows >= 8 * experts else 8
+
+
+def _by_onednn(rows: int, side: Tensor) -> bool:
+    if side.dtype in (torch.bfloat16, torch.float16):
+        return side.device.type == "cpu" and not torch.is_grad_enabled()
+    return onednn.takes(rows, side)
 
 
 def expert_mm(rows: Tensor, weight: Tensor, routing: Routing) -> Tensor:

@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_compress.errors import UserError
@@ -26,6 +25,7 @@ from moe_compress.factorization.factors import DeltaFactors, Factors, WrapperFac
 from moe_compress.modeling.cores import collect_products, spread_products
 from moe_compress.modeling.expert_mm import by_row, expert_mm, out_side, row_rounding
 from moe_compress.modeling.find import describe_experts, up_projection
+from moe_compress.modeling.onednn import linear
 from moe_compress.modeling.recompute import recomputed
 from moe_compress.modeling.routing import Routing
 from moe_compress.modeling.tensors import (
@@ -207,7 +207,7 @@ class SharedCoreExperts(nn.Module):
         up, down = cast_factors(up, dtype), cast_factors(down, dtype)
         sides = (up.delta_in, up.delta_out, down.delta_in, down.delta_out)
         few = all(by_row(top_k_index.numel(), side) for side in sides)
-        rounding = row_rounding(top_k_index.numel(), self.num_experts, dtype, hidden_states.device)
+        rounding = 1 if few else row_rounding(top_k_index.numel(), sides)
         routing = Routing(top_k_index, top_k_weights, self.num_experts, by_row=few, round_to=rounding)
 
         # A token without any expert may hold anything, even NaN; it must not reach the core, nor its gradient.
@@ -236,7 +236,7 @@ class SharedCoreExperts(nn.Module):
             out = _sum(out, of_core)
         bias = self.bias(down_name)
         if bias is not None:
-            out = _sum(out, F.linear(routing.dense_weights().to(dtype), bias.to(dtype).mT))
+            out = _sum(out, linear(routing.dense_weights().to(dtype), bias.to(dtype).mT))
         return out.to(hidden_states.dtype)
 
     def _gate(self, inner: Tensor) -> Tensor:
@@ -256,7 +256,7 @@ class SharedCoreExperts(nn.Module):
 
 def _seen(rows: Tensor, factors: DeltaFactors) -> Tensor:
     """What the deltas read of rows [n, in]: themselves, or [n, s] in a shared basis."""
-    return rows if factors.basis is None else F.linear(rows, factors.basis)
+    return rows if factors.basis is None else linear(rows, factors.basis)
 
 
 def _sum(first: Tensor, second: Tensor) -> Tensor:

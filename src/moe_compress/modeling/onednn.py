@@ -1,0 +1,43 @@
+"""fp32 products on a CPU by oneDNN, which PyTorch carries for 16-bit types but does not use for fp32.
+
+PyTorch gives fp32 GEMMs to MKL, which leaves AVX-512 unused on the CPUs of other makers than its own: oneDNN was twice
+as fast there on two cores (docs/SPEED.md). Without gradient and outside compiled graphs only: the operation has no
+formula for the first, and Inductor makes its own choice for the second.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_FASTER = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+# Multiply-adds of one product from which its speed makes up for calling it from Python (measured on two cores).
+_WORTH_A_CALL = 2**21
+
+
+def takes(rows: int, weight: Tensor) -> bool:
+    """Whether products of `rows` rows with a matrix of the last two dimensions of `weight` are oneDNN's to make."""
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or torch.is_grad_enabled():
+        return False
+    if not _FASTER or torch.compiler.is_compiling():
+        return False
+    return rows * weight.shape[-2] * weight.shape[-1] >= _WORTH_A_CALL
+
+
+def linear(rows: Tensor, weight: Tensor) -> Tensor:
+    """`rows weight^T`: [n, in] and [out, in] to [n, out], of any type and on any device."""
+    return _product(rows, weight) if takes(rows.shape[0], weight) else F.linear(rows, weight)
+
+
+def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """`x weight_g` of every row, for rows sorted by group; see `grouped_mm`. Rows after the last group get zeros."""
+    ends = offsets.tolist()  # on a CPU there is nothing to wait for
+    ranges = zip([0, *ends], ends, strict=False)
+    parts = [_product(rows[start:end], weight[g].mT) for g, (start, end) in enumerate(ranges) if start < end]
+    parts.append(rows.new_zeros(rows.shape[0] - ends[-1], weight.shape[2]))
+    return torch.cat(parts)
+
+
+def _product(rows: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
