@@ -267,6 +267,10 @@ def test_few_rows_are_multiplied_one_by_one() -> None:
     weight = torch.zeros(4, 16, 8)
     with torch.no_grad():
         assert expert_mm.by_row(4, weight) and not expert_mm.by_row(400, weight)
+        # The larger the matrices, the fewer.
+        sizes = [torch.zeros(8, 1, 1).expand(-1, side, side) for side in (16, 512, 1024, 4096)]
+        most = [max(rows for rows in range(40) if expert_mm.by_row(8 * rows, size)) for size in sizes]
+        assert most == [32, 16, 8, 2]
     assert not expert_mm.by_row(4, weight)  # with a gradient, on a CPU
     assert expert_mm.by_row(4, weight.to("meta"))
     assert not expert_mm.by_row(2**20, weight.to("meta"))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moe_compress.modeling import expert_mm, experts, onednn
 from moe_compress.modeling.experts import SharedCoreExperts
-from moe_compress.modeling.grouped_mm import grouped_mm
+from moe_compress.modeling.routing import Routing
 from tests.modeling.test_cores import grouped
 from tests.modeling.test_experts import EXPERTS, KINDS, original, route, shared
 
@@ -60,7 +60,7 @@ def test_groups_without_rows_and_rows_without_group(strided: bool, calls: list[i
     weight = torch.randn(4, 5, 7).mT.contiguous().mT if strided else torch.randn(4, 5, 7)
     rows = torch.randn(9, 5)
     with torch.no_grad():
-        out = grouped_mm(rows, weight, torch.tensor([0, 3, 3, 7], dtype=torch.int32))
+        out = onednn.grouped_linear(rows, weight, torch.tensor([0, 3, 3, 7], dtype=torch.int32))
     expected = torch.cat([rows[:3] @ weight[1], rows[3:7] @ weight[3], torch.zeros(2, 7)])
     torch.testing.assert_close(out, expected)
     assert calls == [3, 4]
@@ -68,12 +68,21 @@ def test_groups_without_rows_and_rows_without_group(strided: bool, calls: list[i
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_types_and_gradients_are_not_its_business(dtype: torch.dtype, calls: list[int]) -> None:
-    rows, weight, offsets = torch.randn(8, 8), torch.randn(2, 8, 8), torch.tensor([3, 8], dtype=torch.int32)
+    rows, weight = torch.randn(8, 8), torch.randn(8, 8)
     with torch.no_grad():
-        grouped_mm(rows.to(dtype), weight.to(dtype), offsets)
-        onednn.linear(rows.to(dtype), weight[0].to(dtype))
-    grouped_mm(rows.requires_grad_(), weight, offsets).sum().backward()
+        onednn.linear(rows.to(dtype), weight.to(dtype))
+    onednn.linear(rows.requires_grad_(), weight).sum().backward()
     assert rows.grad is not None and not calls
+
+
+def test_numbers_of_rows_that_are_not_rounded_are_not_either(calls: list[int]) -> None:
+    """In training each would have a kernel compiled for it."""
+    weight, weights = torch.randn(EXPERTS, 8, 8), torch.ones(40, 1)
+    with torch.no_grad():
+        for rounding in (1, 8):
+            routing = Routing(torch.arange(40)[:, None] % EXPERTS, weights, EXPERTS, round_to=rounding)
+            expert_mm.expert_mm(torch.randn(len(routing.tokens), 8), weight, routing)
+            assert calls == ([] if rounding == 1 else [8] * EXPERTS)
 
 
 def test_small_products_are_not_worth_a_call(monkeypatch: pytest.MonkeyPatch) -> None:

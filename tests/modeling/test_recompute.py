@@ -93,6 +93,8 @@ def test_gradients_are_those_of_keeping_everything(nested: bool | None, monkeypa
     """Also within activation checkpointing of a whole layer, reentrant or not."""
     module = original("gpt_oss")
     inputs = route(TOKENS, TOP_K)
+    # A reentrant checkpoint's forward pass is without gradient, where few rows would go another way.
+    monkeypatch.setattr(experts, "by_row", lambda *_: False)
     for name, replacement in variants(module).items():
 
         def run(*given: Tensor, replacement: nn.Module = replacement) -> Tensor:

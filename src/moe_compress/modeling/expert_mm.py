@@ -21,8 +21,11 @@ from moe_compress.modeling import onednn
 from moe_compress.modeling.grouped_mm import grouped_mm
 from moe_compress.modeling.routing import Routing
 
-# Rows per expert up to which reading each row's matrix by itself is faster than a GEMM per expert (docs/SPEED.md).
-_BAGGED_ROWS_PER_EXPERT = 6.0
+# Bags beat a GEMM per expert up to so many rows per expert, and up to so much of their square times the values of a
+# matrix: each row costs a bag its whole matrix; what a GEMM costs anyway is little beside a large one (measured, see
+# docs/SPEED.md).
+_BAGGED_ROWS_PER_EXPERT = 32
+_BAGGED_WORK = 2**26
 # Values copied by gathering, up to which the copy hides behind the launches of the sort and a dozen small kernels.
 _GATHERED_VALUES = 2**24
 # Off unless asked for: the kernel has not been run on a GPU yet.
@@ -31,10 +34,12 @@ _TRITON = os.environ.get("MOE_COMPRESS_TRITON") == "1" and find_spec("triton") i
 
 def by_row(rows: int, weight: Tensor) -> bool:
     """Whether few enough rows [S] go through `weight` [E, in, out] that each is better multiplied by itself."""
+    experts, values = weight.shape[0], weight.shape[1] * weight.shape[2]
     if weight.device.type == "cpu":
-        # The gradient of a bag is slow.
-        return not torch.is_grad_enabled() and rows <= _BAGGED_ROWS_PER_EXPERT * weight.shape[0]
-    return rows * weight.shape[1] * weight.shape[2] <= _GATHERED_VALUES
+        if torch.is_grad_enabled():  # the gradient of a bag is slow
+            return False
+        return rows <= _BAGGED_ROWS_PER_EXPERT * experts and rows**2 * values <= _BAGGED_WORK * experts**2
+    return rows * values <= _GATHERED_VALUES
 
 
 def row_rounding(rows: int, sides: Sequence[Tensor]) -> int:
@@ -71,6 +76,9 @@ def expert_mm(rows: Tensor, weight: Tensor, routing: Routing) -> Tensor:
         [S, out].
     """
     if not routing.by_row:
+        # Only rounded numbers of rows: oneDNN compiles a kernel for each.
+        if routing.rounded and onednn.takes(rows.shape[0] // weight.shape[0], weight):
+            return onednn.grouped_linear(rows, weight, routing.offsets)
         return grouped_mm(rows, weight, routing.offsets)
     if _uses_triton(rows):
         from moe_compress.modeling.triton_mm import row_mm

@@ -11,14 +11,12 @@ from torch import Tensor
 # The registration of `torch.ops.transformers.grouped_mm_fallback`.
 from transformers.integrations import moe as _moe  # noqa: F401
 
-from moe_compress.modeling import onednn
-
 
 def grouped_mm(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """`x weight_g` of every row, for rows sorted by group.
 
-    fp32 on a CPU goes to oneDNN where that is faster. What the kernel cannot do (float64, compiled graphs other than
-    bf16, GPUs before compute capability 8.0) goes through the loop that Transformers keeps for the same reason.
+    What the kernel cannot do (float64, compiled graphs other than bf16, GPUs before compute capability 8.0) goes
+    through the loop that Transformers keeps for the same reason.
 
     Args:
         rows: [S, in].
@@ -28,8 +26,6 @@ def grouped_mm(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     Returns:
         [S, out].
     """
-    if onednn.takes(rows.shape[0] // weight.shape[0], weight):
-        return onednn.grouped_linear(rows, weight, offsets)
     if not _kernel_can(rows):
         return torch.ops.transformers.grouped_mm_fallback(rows, weight, offsets)
     out_features = weight.shape[2]

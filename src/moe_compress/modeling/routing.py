@@ -18,6 +18,7 @@ class Routing:
 
     Attributes:
         by_row: whether each row is multiplied by itself (see `expert_mm`).
+        rounded: whether rows are rounded, see below.
         tokens: [S] the row's token.
         experts: [S] the row's expert, below E also for padding.
         padding: [S, 1] whether the row stands for no expert (index >= E); such rows weigh 0.
@@ -40,6 +41,7 @@ class Routing:
         self.num_tokens, self.top_k = index.shape
         self.num_experts = num_experts
         self.by_row = by_row
+        self.rounded = round_to > 1
         self.padded = index >= num_experts  # [T, k]
         # Padding goes to the last expert with weight 0: every row stays defined and no kernel has a tail to skip.
         self.index = index.clamp(max=num_experts - 1)
