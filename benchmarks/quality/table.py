@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean, stdev
@@ -40,13 +41,40 @@ def spread(values: list[float], digits: int) -> str:
     return mean if len(values) == 1 else f"{mean} ± {stdev(values):.{digits}f}"
 
 
+def summary(grouped: dict[tuple[bool, float, str], list[Cell]]) -> list[str]:
+    """Perplexity of every method at every ratio, zero-shot and distilled; the best of a column is bold.
+
+    Methods with most cells come first, of those the ones that are best on average.
+    """
+    columns = sorted({key[:2] for key in grouped}, key=lambda key: (key[1], key[0]))
+    figures = {key: [cell["test"]["perplexity"] for cell in found] for key, found in grouped.items()}
+    best = {column: min(fmean(v) for key, v in figures.items() if key[:2] == column) for column in columns}
+
+    def rank(name: str) -> tuple[int, float]:
+        known = [(column, fmean(figures[*column, name])) for column in columns if (*column, name) in figures]
+        return -len(known), fmean(math.log(value / best[column]) for column, value in known)
+
+    lines = ["| perplexity | " + " | ".join(f"{r:.1%}, {'distilled' if d else 'zero-shot'}" for d, r in columns) + " |"]
+    lines.append("|---|" + "---:|" * len(columns))
+    for name in sorted({key[2] for key in grouped}, key=rank):
+        row = [name]
+        for column in columns:
+            values = figures.get((*column, name), [])
+            text = spread(values, 2)
+            row.append(f"**{text}**" if values and fmean(values) == best[column] else text)
+        lines.append("| " + " | ".join(row) + " |")
+    return [*lines, ""]
+
+
 def markdown(cells: list[Cell]) -> str:
-    """One table for each (zero-shot or distilled, ratio), best KL first; then what was not possible."""
+    """All at a glance; one table for each (zero-shot or distilled, ratio), best KL first; what was not possible."""
     lines: list[str] = []
     grouped = group(cells)
     for teacher in (cell for cell in cells if cell["method"] == "teacher"):
         figures = teacher["test"]
         lines += [f"Teacher: perplexity {figures['perplexity']:.3f}{_tasks_text(teacher)}.", ""]
+    if grouped:
+        lines += summary(grouped)
     for distilled, ratio in sorted({key[:2] for key in grouped}, key=lambda key: (key[0], -key[1])):
         rows = {name: found for (d, r, name), found in grouped.items() if (d, r) == (distilled, ratio)}
         tasks = sorted({task for found in rows.values() for cell in found for task in cell.get("tasks", {})})

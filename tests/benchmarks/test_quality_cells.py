@@ -17,7 +17,7 @@ from benchmarks.quality.methods import METHODS, Method
 from benchmarks.quality.models import TestModel, pieces, upcycle
 from benchmarks.quality.product import product
 from benchmarks.quality.score import score, teacher_log_probs
-from benchmarks.quality.table import group, markdown
+from benchmarks.quality.table import group, markdown, summary
 from moe_compress.modeling import load_tokenizer
 
 PROTOCOL = Protocol(
@@ -71,7 +71,30 @@ def test_cells_are_measured_once_and_the_table_takes_the_best_learning_rate(sour
     assert len(both) == 2 and distilled == [min(both, key=lambda cell: cell["validation"]["loss"])]
     assert distilled[0]["test"]["kl"] > 0 and 0.4 < distilled[0]["kept"] <= 0.5
     text = markdown(cells)
-    assert text.count("| svd-llm-joint |") == 4 and "hc-smoe at 5.0%: not possible" in text and "±" in text
+    assert text.count("| svd-llm-joint |") == 5 and "hc-smoe at 5.0%: not possible" in text and "±" in text
+
+
+def test_the_summary_marks_the_best_of_each_column():
+    def cell(perplexity: float) -> dict:
+        return {"test": {"perplexity": perplexity}}
+
+    found = summary(
+        {
+            (False, 0.25, "first"): [cell(10.0), cell(12.0)],
+            (True, 0.25, "first"): [cell(9.0)],
+            (False, 0.25, "second"): [cell(12.0)],
+            (True, 0.25, "second"): [cell(8.0)],
+            (False, 0.125, "third"): [cell(20.0)],
+        }
+    )
+    assert found == [
+        "| perplexity | 12.5%, zero-shot | 25.0%, zero-shot | 25.0%, distilled |",
+        "|---|---:|---:|---:|",
+        "| second |  | 12.00 | **8.00** |",
+        "| first |  | **11.00 ± 1.41** | 9.00 |",
+        "| third | **20.00** |  |  |",
+        "",
+    ]
 
 
 def test_distillation_brings_a_student_nearer_to_its_teacher(source, tmp_path):
