@@ -105,6 +105,7 @@ def plot(cells: list[Cell], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import NullFormatter, NullLocator
 
     grouped = group(cells)
     panels = sorted({key[0] for key in grouped})
@@ -115,11 +116,16 @@ def plot(cells: list[Cell], path: Path) -> None:
             if kind == distilled:
                 values = [cell["test"]["kl"] for cell in found]
                 deviation = stdev(values) if len(values) > 1 else 0.0
-                curves[name].append((fmean(c["expert_bytes"] for c in found) / 2**20, fmean(values), deviation))
+                curves[name].append((100 * fmean(c["kept"] for c in found), fmean(values), deviation))
         for name, points in sorted(curves.items()):
             x, y, bars = zip(*sorted(points), strict=True)
             axis.errorbar(x, y, yerr=bars, marker="o", capsize=2, label=name, linewidth=1)
-        axis.set(xscale="log", yscale="log", xlabel="expert bytes, MiB", ylabel="KL to the teacher, nats per token")
+        axis.set(xscale="log", yscale="log", xlabel="expert bytes kept, %", ylabel="KL to the teacher, nats per token")
+        axis.set_xticks(sorted({100 * ratio for _, ratio, _ in grouped}), minor=False)
+        axis.xaxis.set_minor_locator(NullLocator())
+        for numbers in (axis.xaxis, axis.yaxis):
+            numbers.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
         axis.set_title("after distillation" if distilled else "zero-shot")
         axis.legend(fontsize="x-small")
     figure.tight_layout()
