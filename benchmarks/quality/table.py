@@ -48,20 +48,20 @@ def summary(grouped: dict[tuple[bool, float, str], list[Cell]]) -> list[str]:
     """
     columns = sorted({key[:2] for key in grouped}, key=lambda key: (key[1], key[0]))
     figures = {key: [cell["test"]["perplexity"] for cell in found] for key, found in grouped.items()}
-    best = {column: min(fmean(v) for key, v in figures.items() if key[:2] == column) for column in columns}
+    means = {key: fmean(values) for key, values in figures.items()}
+    best = {column: min(mean for key, mean in means.items() if key[:2] == column) for column in columns}
 
     def rank(name: str) -> tuple[int, float]:
-        known = [(column, fmean(figures[*column, name])) for column in columns if (*column, name) in figures]
-        return -len(known), fmean(math.log(value / best[column]) for column, value in known)
+        behind = [math.log(means[*column, name] / best[column]) for column in columns if (*column, name) in means]
+        return -len(behind), fmean(behind)
 
     lines = ["| perplexity | " + " | ".join(f"{r:.1%}, {'distilled' if d else 'zero-shot'}" for d, r in columns) + " |"]
     lines.append("|---|" + "---:|" * len(columns))
     for name in sorted({key[2] for key in grouped}, key=rank):
         row = [name]
         for column in columns:
-            values = figures.get((*column, name), [])
-            text = spread(values, 2)
-            row.append(f"**{text}**" if values and fmean(values) == best[column] else text)
+            text = spread(figures.get((*column, name), []), 2)
+            row.append(f"**{text}**" if means.get((*column, name)) == best[column] else text)
         lines.append("| " + " | ".join(row) + " |")
     return [*lines, ""]
 
