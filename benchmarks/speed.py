@@ -26,13 +26,14 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, OlmoeConfig
 
+from moe_compress.errors import UserError
 from moe_compress.evaluation.bench import meta_model, time_layer
 from moe_compress.evaluation.layer_forms import FORMS, random_student, same_ratio_layouts
 from moe_compress.evaluation.machine import describe_machine, free_bytes
 from moe_compress.evaluation.model_speed import model_speed
 from moe_compress.evaluation.roofline import Rates, measure_rates
 from moe_compress.evaluation.speed_tables import Grid, break_even_lines, layer_grid, model_grid, variant_at, write_speed
-from moe_compress.files import write_atomically
+from moe_compress.files import put_between
 from moe_compress.modeling import find_experts, load_model
 
 # experts, experts per token, hidden size, intermediate size, layers
@@ -96,7 +97,10 @@ def main() -> None:
     if options.output:
         write_speed(options.output, found, grids)
     if options.docs:
-        into_document(options.docs, grids)
+        try:
+            put_between(options.docs, BEGIN, END, "\n".join(grid.markdown() for grid in grids))
+        except UserError as error:
+            raise SystemExit(str(error)) from None
 
 
 def _run(name: str, part: Part, options: argparse.Namespace, found: dict[str, Any], console: Console) -> None:
@@ -240,15 +244,6 @@ def _bar_cell(row: dict[str, Any] | None, bar: float) -> str:
         return "not timed"
     words = f"{row['speedup']:.2f}x {'met' if row['speedup'] >= bar else 'missed'}"
     return words if row["tokens"] < 512 else f"{words}, {row['ms'] / row['roofline_ms']:.2f} times the roofline"
-
-
-def into_document(file: Path, grids: list[Grid]) -> None:
-    """Put tables between the two comments that mark their place in a document."""
-    before, begin, rest = file.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{file} has no place for tables: put {BEGIN} and {END} where they belong")
-    write_atomically(file, f"{before}{BEGIN}\n\n" + "\n".join(grid.markdown() for grid in grids) + f"\n{END}{after}")
 
 
 def _grid(result: dict[str, Any]) -> Grid:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from moe_compress.errors import first_line
-from moe_compress.files import directory_in_progress, file_in_progress
+from moe_compress.errors import UserError, first_line
+from moe_compress.files import directory_in_progress, file_in_progress, put_between
 
 
 def test_a_file_appears_when_its_block_ends(tmp_path):
@@ -35,6 +35,17 @@ def test_a_directory_appears_whole_and_is_never_overwritten(tmp_path):
         assert (temporary / "half").exists()
     with pytest.raises(FileExistsError), directory_in_progress(path):
         pass
+
+
+def test_what_stands_between_two_marks_is_replaced(tmp_path):
+    path = tmp_path / "document"
+    path.write_text("before <a> old </a> after")
+    put_between(path, "<a>", "</a>", "\nnew\n\n")
+    put_between(path, "<a>", "</a>", "newer")
+    assert path.read_text() == "before <a>\n\nnewer\n\n</a> after"
+    with pytest.raises(UserError, match="put <b> and </b>"):
+        put_between(path, "<b>", "</b>", "lost")
+    assert path.read_text() == "before <a>\n\nnewer\n\n</a> after"
 
 
 def test_the_first_line_of_an_error_or_its_type():

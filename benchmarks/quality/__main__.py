@@ -10,10 +10,11 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.quality.cells import Bench, Protocol, default_cache
-from benchmarks.quality.distil import Training
+from benchmarks.quality.distil import Training, next_rates
 from benchmarks.quality.methods import METHODS, Method
 from benchmarks.quality.models import RECIPES, find_model, make_model
 from benchmarks.quality.product import product
+from benchmarks.quality.record import read_record, record_file, write_documents
 from benchmarks.quality.table import markdown, plot
 from moe_compress.errors import UserError
 from moe_compress.files import write_atomically
@@ -42,6 +43,12 @@ def main(arguments: list[str] | None = None) -> int:
         _protocol_arguments(command)
         command.add_argument("--markdown", type=Path, help="also write the table here")
         command.add_argument("--plot", type=Path, help="write a plot here (.png, .svg)")
+        command.add_argument(
+            "--docs",
+            type=Path,
+            help="this directory's quality/MODEL.jsonl holds cells that count as measured; put the new ones there too, "
+            "and make of all the model's page, plot and table in QUALITY.md",
+        )
         command.add_argument("--cache", type=Path, default=default_cache())
     run = commands.choices["run"]
     run.add_argument("--methods", nargs="+", default=[*OURS, *METHODS], help="default: all")
@@ -55,7 +62,13 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--ratios", nargs="+", type=float, default=[0.5, 0.25, 0.125])
     run.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
     run.add_argument("--zero-shot", action="store_true", help="do not distil")
-    run.add_argument("--learning-rates", nargs="+", type=float, default=list(Training.learning_rates))
+    run.add_argument(
+        "--learning-rates",
+        nargs="+",
+        type=float,
+        default=list(Training.learning_rates),
+        help="the grid: its middle two first, then outwards while the validation loss falls",
+    )
     train = commands.add_parser("train", help="train a test model")
     train.add_argument("name", choices=sorted(RECIPES))
     train.add_argument("--steps", type=int, default=600)
@@ -99,7 +112,8 @@ def _measure(options: argparse.Namespace, console: Console) -> None:
         training,
     )
     source = find_model(options.model, options.cache, options.corpus)
-    bench = Bench(source, protocol, options.cache, console)
+    record = read_record(record_file(options.docs, source.name)) if options.docs else []
+    bench = Bench(source, protocol, options.cache, console, record)
     if options.command == "run":
         methods = _methods(options, bench)
         bench.reference()
@@ -114,18 +128,26 @@ def _measure(options: argparse.Namespace, console: Console) -> None:
         write_atomically(options.markdown, text)
     if options.plot:
         plot(cells, options.plot)
+    if options.docs:
+        write_documents(options.docs, source.name, cells)
 
 
 def _run_method(bench: Bench, method: Method, ratio: float, options: argparse.Namespace) -> None:
-    """All learning rates with the first seed, the best of them with the others."""
-    rates: tuple[float, ...] = () if options.zero_shot else tuple(options.learning_rates)
-    for seed in options.seeds:
+    """Search the learning rate with the first seed; the best rate with the others."""
+    rates: tuple[float, ...] = () if options.zero_shot else tuple(sorted(options.learning_rates))
+    first, *others = options.seeds
+    if len(rates) > 1:
+        losses: dict[float, float] = {}
+        while pending := next_rates(rates, losses):
+            bench.run(method, ratio, first, pending)
+            for rate in pending:
+                cell = bench.cached(method, ratio, first, rate) or {}
+                if "error" in cell:
+                    return
+                losses[rate] = cell["validation"]["loss"]
+        rates = (min(losses, key=losses.__getitem__),)
+    for seed in (first, *others):
         bench.run(method, ratio, seed, rates)
-        if len(rates) > 1:
-            found = {rate: bench.cached(method, ratio, seed, rate) or {} for rate in rates}
-            if any("error" in cell for cell in found.values()):
-                return
-            rates = (min(rates, key=lambda rate: found[rate]["validation"]["loss"]),)
 
 
 def _known(bench: Bench) -> dict[str, Method]:

@@ -7,6 +7,7 @@ import copy
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,7 @@ from moe_compress.evaluation.harness import run_tasks
 from moe_compress.files import fingerprint, write_json
 from moe_compress.modeling import load_model, load_tokenizer
 
+KEY = ("format", "model", "method", "settings", "ratio", "seed", "protocol", "training")
 FORMAT = 1  # raise it when cells of before are not comparable any more
 
 
@@ -35,6 +37,11 @@ def default_cache() -> Path:
     """Where cells, teacher targets and test models are kept."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "moe-compress" / "quality"
+
+
+def cell_fingerprint(cell: dict[str, Any]) -> str:
+    """Of everything that decides a cell, given its key or the whole of it."""
+    return fingerprint({name: cell[name] for name in KEY})
 
 
 @dataclass(frozen=True)
@@ -48,19 +55,28 @@ class Protocol:
 
     length: int = 512
     calibration_rows: int = 128
-    validation_rows: int = 32
-    test_rows: int = 96
+    validation_rows: int = 16
+    test_rows: int = 48
     task_limit: int = 100
     training: Training = field(default_factory=Training)
 
 
 class Bench:
-    """One test model under one protocol, and the cells measured so far."""
+    """One test model under one protocol, and the cells measured so far: those in the cache and those of a record."""
 
-    def __init__(self, source: TestModel, protocol: Protocol, cache: Path, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        source: TestModel,
+        protocol: Protocol,
+        cache: Path,
+        console: Console | None = None,
+        record: Sequence[dict[str, Any]] = (),
+    ) -> None:
         self.source, self.protocol, self.cache = source, protocol, cache
         self.console = console or Console()
         self._shared: dict[int, dict[str, Any]] = {}
+        self._record = {cell_fingerprint(cell): cell for cell in record}
+        self._last: tuple[str, Any] = ("", None)
 
     @cached_property
     def teacher(self) -> Any:
@@ -110,12 +126,13 @@ class Bench:
         }
 
     def file(self, key: dict[str, Any]) -> Path:
-        return self.cache / "cells" / self.source.name / f"{key['method']}-{key['ratio']}-{fingerprint(key)}.json"
+        return self.cache / "cells" / self.source.name / f"{key['method']}-{key['ratio']}-{cell_fingerprint(key)}.json"
 
     def cached(self, method: Method, ratio: float, seed: int, learning_rate: float | None) -> dict[str, Any] | None:
         """A cell that was measured before, or None."""
-        file = self.file(self.key(method, ratio, seed, learning_rate))
-        return json.loads(file.read_text()) if file.exists() else None
+        key = self.key(method, ratio, seed, learning_rate)
+        file = self.file(key)
+        return json.loads(file.read_text()) if file.exists() else self._record.get(cell_fingerprint(key))
 
     def run(self, method: Method, ratio: float, seed: int, learning_rates: tuple[float, ...]) -> None:
         """Measure a method zero-shot and after distillation at each learning rate; what is cached is left alone.
@@ -127,7 +144,7 @@ class Bench:
             return
         start = time.perf_counter()
         try:
-            student = self.compress(method, ratio, seed)
+            student = self._student(method, ratio, seed)
         except (UserError, ValueError) as error:
             for lr in wanted:
                 self._write(self.key(method, ratio, seed, lr), {"error": str(error)})
@@ -143,6 +160,14 @@ class Bench:
                 facts["training_seconds"] = round(time.perf_counter() - start, 1)
                 round_stored(model)
             self._write(self.key(method, ratio, seed, lr), self.measure(model) | facts)
+
+    def _student(self, method: Method, ratio: float, seed: int) -> Any:
+        """As `compress`; the last one is kept, since a search of the learning rate comes back to it."""
+        key = cell_fingerprint(self.key(method, ratio, seed, None))
+        if self._last[0] != key:
+            self._last = ("", None)
+            self._last = (key, self.compress(method, ratio, seed))
+        return self._last[1]
 
     def compress(self, method: Method, ratio: float, seed: int) -> Any:
         """A student as it would be stored.
@@ -202,9 +227,10 @@ class Bench:
         protocol = asdict(self.protocol)
         protocol.pop("training")
         files = sorted((self.cache / "cells" / self.source.name).glob("*.json"))
-        found = [json.loads(file.read_text()) for file in files]
+        measured = [json.loads(file.read_text()) for file in files]
+        found = self._record | {cell_fingerprint(cell): cell for cell in measured}
         return [
             cell
-            for cell in found
+            for cell in found.values()
             if cell["format"] == FORMAT and cell["model"] == self.source.fingerprint and cell["protocol"] == protocol
         ]

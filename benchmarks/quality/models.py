@@ -57,6 +57,8 @@ class TestModel:
         tasks: lm_eval tasks that make sense for it.
     """
 
+    __test__ = False  # pytest would take it for a class of tests by its name
+
     name: str
     path: Path
     corpus: Path | None = None

@@ -66,13 +66,19 @@ def summary(grouped: dict[tuple[bool, float, str], list[Cell]]) -> list[str]:
     return [*lines, ""]
 
 
+def teacher_line(cells: list[Cell]) -> list[str]:
+    """What the original itself reaches, as a paragraph."""
+    lines = []
+    for teacher in (cell for cell in cells if cell["method"] == "teacher"):
+        tasks = "".join(f", {task} {value:.2f}" for task, value in teacher.get("tasks", {}).items())
+        lines += [f"Teacher: perplexity {teacher['test']['perplexity']:.3f}{tasks}.", ""]
+    return lines
+
+
 def markdown(cells: list[Cell]) -> str:
     """All at a glance; one table for each (zero-shot or distilled, ratio), best KL first; what was not possible."""
-    lines: list[str] = []
     grouped = group(cells)
-    for teacher in (cell for cell in cells if cell["method"] == "teacher"):
-        figures = teacher["test"]
-        lines += [f"Teacher: perplexity {figures['perplexity']:.3f}{_tasks_text(teacher)}.", ""]
+    lines = teacher_line(cells)
     if grouped:
         lines += summary(grouped)
     for distilled, ratio in sorted({key[:2] for key in grouped}, key=lambda key: (key[0], -key[1])):
@@ -93,10 +99,6 @@ def markdown(cells: list[Cell]) -> str:
     failed = sorted({(c["method"], c["ratio"], c["error"]) for c in cells if "error" in c})
     lines += [f"* {name} at {ratio:.1%}: not possible, {error}" for name, ratio, error in failed]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _tasks_text(cell: Cell) -> str:
-    return "".join(f", {task} {value:.2f}" for task, value in cell.get("tasks", {}).items())
 
 
 def plot(cells: list[Cell], path: Path) -> None:

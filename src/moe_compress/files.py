@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from moe_compress.errors import UserError
+
 
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
@@ -45,6 +47,19 @@ def write_atomically(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     write_atomically(path, json.dumps(value, indent=2, sort_keys=False) + "\n")
+
+
+def put_between(path: Path, begin: str, end: str, text: str) -> None:
+    """Replace what stands between two marks of a document, which stay, atomically.
+
+    Raises:
+        UserError: the document lacks the marks.
+    """
+    before, found_begin, rest = path.read_text(encoding="utf-8").partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end:
+        raise UserError(f"{path} has no place for this: put {begin} and {end} where it belongs")
+    write_atomically(path, f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}")
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from transformers import OlmoeForCausalLM
 from benchmarks.quality.__main__ import main
 from benchmarks.quality.calibration import find_router
 from benchmarks.quality.cells import Bench, Protocol
-from benchmarks.quality.distil import Training, distil, loss
+from benchmarks.quality.distil import Training, distil, loss, next_rates
 from benchmarks.quality.methods import METHODS, Method
 from benchmarks.quality.models import TestModel, pieces, upcycle
 from benchmarks.quality.product import product
@@ -72,6 +72,61 @@ def test_cells_are_measured_once_and_the_table_takes_the_best_learning_rate(sour
     assert distilled[0]["test"]["kl"] > 0 and 0.4 < distilled[0]["kept"] <= 0.5
     text = markdown(cells)
     assert text.count("| svd-llm-joint |") == 5 and "hc-smoe at 5.0%: not possible" in text and "±" in text
+
+
+def test_the_learning_rate_is_searched_outwards_from_the_middle_of_the_grid():
+    def search(losses: dict[float, float]) -> list[tuple[float, ...]]:
+        seen: dict[float, float] = {}
+        rounds = []
+        while pending := next_rates(tuple(losses), seen):
+            rounds.append(pending)
+            seen |= {rate: losses[rate] for rate in pending}
+        return rounds
+
+    assert search({1: 4.0, 2: 3.0, 3: 2.0, 4: 2.5}) == [(2, 3), (4,)]
+    assert search({1: 1.0, 2: 3.0, 3: 4.0, 4: 0.0}) == [(2, 3), (1,)]
+    assert search({1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0, 5: 5.0, 6: 6.0}) == [(3, 4), (2,), (1,)]
+    assert search({1: 2.0, 2: 1.0}) == [(1, 2)] and search({1: 2.0}) == [(1,)]
+
+
+def test_what_is_recorded_is_not_measured_again_and_becomes_the_documents(source, tmp_path, capsys):
+    docs, corpus = tmp_path / "docs", ["--model", str(source.path), "--corpus", str(source.corpus)]
+    common = [*corpus, "--docs", str(docs), *ARGUMENTS.split(), "--methods", "svd", "--ratios", "0.5"]
+    name = source.path.name
+    begin, end = f"<!-- table of benchmarks.quality: {name} -->", f"<!-- end of benchmarks.quality: {name} -->"
+    docs.mkdir()
+    (docs / "QUALITY.md").write_text("# No place\n")
+    first = ["run", *common, "--cache", str(tmp_path / "first")]
+    search = ["--seeds", "1", "2", "--learning-rates", "1e-5", "1e-4", "1e-3"]
+    assert main([*first, *search]) == 2 and "has no place" in capsys.readouterr().err
+    (docs / "QUALITY.md").write_text(f"# Before\n{begin}\nold\n{end}\nafter\n")
+    assert main([*first, *search]) == 0
+
+    record = docs / "quality" / f"{name}.jsonl"
+    cells = [json.loads(line) for line in record.read_text().splitlines()]
+    searched = [cell for cell in cells if cell["training"] and cell["seed"] == 1]
+    losses = {cell["training"]["learning_rate"]: cell["validation"]["loss"] for cell in searched}
+    assert set(losses) == {1e-4, 1e-3} | ({1e-5} if losses[1e-4] < losses[1e-3] else set())
+    assert len([cell for cell in cells if cell["training"] and cell["seed"] == 2]) == 1
+    assert [cell["method"] for cell in cells].count("teacher") == 1
+    text = (docs / "QUALITY.md").read_text()
+    assert text.startswith("# Before\n") and text.endswith("\nafter\n") and "| svd |" in text and "old" not in text
+    assert "50.0% of the expert bytes, distilled" in (docs / "quality" / f"{name}.md").read_text()
+    assert (docs / "quality" / f"{name}.png").stat().st_size > 0
+
+    # Another machine, with an empty cache: nothing is measured, nothing is lost, more is added.
+    again = ["run", *common, "--cache", str(tmp_path / "second")]
+    before = record.read_text()
+    assert main([*again, *search]) == 0 and record.read_text() == before
+    assert not list((tmp_path / "second").rglob("*.json"))
+    assert main([*again, "--zero-shot", "--seeds", "3"]) == 0
+    assert set(before.splitlines()) < set(record.read_text().splitlines())
+    assert main([*again, "--test-rows", "1", "--zero-shot", "--seeds", "1"]) == 0
+    assert set(before.splitlines()) < set(record.read_text().splitlines())
+
+    record.write_text(before.replace(cells[0]["model"], "f00d"))
+    assert main([*again, "--zero-shot", "--seeds", "1"]) == 2
+    assert "other weights" in capsys.readouterr().err and "f00d" in record.read_text()
 
 
 def test_the_summary_marks_the_best_of_each_column():
