@@ -14,14 +14,10 @@ from moe_compress.errors import UserError
 from moe_compress.manifest import LOCKS_NAME
 from moe_compress.schema import flatten, show
 from moe_compress.stages import freezing_stages, is_free, is_per_process
+from moe_compress.torchrun import rank
 
 CONFIG_NAME = "config.yaml"
 _OWN_FILES = re.compile(r"\.?(config\.yaml|manifest\.json)(\.\d+\.tmp)?")
-
-
-def rank() -> int:
-    """Rank of this process under torchrun, 0 outside."""
-    return int(os.environ.get("RANK", "0"))
 
 
 def store(path: Path, config: Config) -> None:

@@ -27,7 +27,6 @@ from moe_compress.freeze import (
     differences,
     frozen_error,
     made_files,
-    rank,
     reconcile,
     refuse_foreign,
     store,
@@ -36,6 +35,7 @@ from moe_compress.manifest import LOCKS_NAME, MANIFEST_NAME, Manifest, locked, t
 from moe_compress.modeling.checkpoint import find_shards
 from moe_compress.schema import flatten
 from moe_compress.stages import STAGES, freezing_stages, is_free
+from moe_compress.torchrun import rank
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 

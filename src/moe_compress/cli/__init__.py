@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from moe_compress.errors import UserError
+from moe_compress.torchrun import rank
 
 __all__ = ["main"]
 
@@ -17,11 +18,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Under torchrun only rank 0 prints; what goes wrong on another rank alone is still reported, with its number.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    rank = int(os.environ.get("RANK", "0"))
-    if rank != 0:
+    if rank() != 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for the life of the process
         os.environ["TQDM_DISABLE"] = "1"
-    prefix = f"[rank {rank}] " if rank else ""
+    prefix = f"[rank {rank()}] " if rank() else ""
     try:
         from moe_compress.cli.commands import dispatch
 

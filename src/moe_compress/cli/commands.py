@@ -13,9 +13,10 @@ from moe_compress import settings
 from moe_compress.cli import pages
 from moe_compress.config import Config
 from moe_compress.errors import UserError
-from moe_compress.freeze import CONFIG_NAME, rank
+from moe_compress.freeze import CONFIG_NAME
 from moe_compress.run import Run, open_run, run_path
 from moe_compress.stages import STAGES
+from moe_compress.torchrun import rank
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from moe_compress.compression.ranks import more_cores
 from moe_compress.compression.source import SourceModel
 from moe_compress.config import CalibrationConfig, Config
 from moe_compress.factorization.grams import CHUNK_BYTES
+from moe_compress.torchrun import world_size
 
 if TYPE_CHECKING:
     from moe_compress.compression.planning import LayerPlan, ProjectionPlan
@@ -76,7 +76,7 @@ def disk_needed(source: SourceModel, config: Config, layers: list[LayerPlan], re
     if not settings.enabled:
         return result
     grams = sorted((layer.gram_bytes for layer in layers), reverse=True)
-    held = sum(grams[: int(os.environ.get("WORLD_SIZE", "1"))])
+    held = sum(grams[: world_size()])
     greedy = config.compression.allocation == "greedy" and not settings.sequential
     if greedy and sum(grams) <= GRAM_BYTES_AT_ONCE:
         held = sum(grams)  # kept from measuring to fitting

@@ -6,7 +6,6 @@ makes no difference whether torchrun was told gloo or NCCL, and a process that h
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from functools import cache
 from torch.distributed import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from moe_compress.run import rank
+from moe_compress.torchrun import local_rank, rank, world_size
 
 _POLL_SECONDS = 0.1
 _JOIN_TIMEOUT = timedelta(minutes=10)
@@ -38,8 +37,8 @@ class Team:
     def __init__(self, job: str) -> None:
         """Join the team that works on `job`, a name that all its processes give."""
         self.rank = rank()
-        self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
-        self.size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.local_rank = local_rank()
+        self.size = world_size()
         self._store = PrefixStore(job, _torchrun_store() if self.size > 1 else HashStore())
 
     @property

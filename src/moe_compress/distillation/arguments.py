@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +14,7 @@ from moe_compress.config import Config
 from moe_compress.distillation.stages import Stage
 from moe_compress.distillation.trackers import TRACKERS
 from moe_compress.errors import UserError
+from moe_compress.torchrun import world_size
 
 DEEPSPEED_DIR = Path(__file__).parent.parent / "conf" / "deepspeed"
 
@@ -108,8 +108,7 @@ def check_training(config: Config) -> None:
         UserError: a tracker or DeepSpeed is not installed, sharding without several processes, or two ways to shard.
     """
     training = config.distillation.training
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if config.fsdp.enabled and world < 2:
+    if config.fsdp.enabled and world_size() < 2:
         raise UserError("fsdp.enabled=true needs several processes; start with torchrun, or set fsdp.enabled=false")
     for tracker in training.report_to:
         if tracker not in TRACKERS:

@@ -8,7 +8,6 @@ counts even if it is restarted with another number of workers.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -27,7 +26,7 @@ from moe_compress.distillation.filling import Forward, finished_files, locked, n
 from moe_compress.distillation.fingerprints import rows_fingerprint
 from moe_compress.distillation.heads import HeadlessModel, headless
 from moe_compress.distillation.manifest import MANIFEST, Header, part_name, read_manifest, summary
-from moe_compress.distillation.sharded import Together, join_ranks, need_ranks, world_size
+from moe_compress.distillation.sharded import Together, join_ranks, need_ranks
 from moe_compress.distillation.teachers import (
     common_vocabulary,
     expected_header,
@@ -39,6 +38,7 @@ from moe_compress.distillation.teachers import (
 from moe_compress.errors import UserError
 from moe_compress.files import fingerprint
 from moe_compress.modeling import load_tokenizer, resolve_model_path
+from moe_compress.torchrun import rank, world_size
 
 if TYPE_CHECKING:
     from moe_compress.run import Run
@@ -161,8 +161,7 @@ def _teacher_forward(config: Config, width: int) -> Forward:
 
 def _worker(settings: GenerationConfig) -> tuple[int, int]:
     """Number of this worker and how many there are: as set, and under torchrun every rank is one."""
-    ranks, rank = world_size(), int(os.environ.get("RANK", "0"))
-    return settings.worker_id * ranks + rank, settings.total_workers * ranks
+    return settings.worker_id * world_size() + rank(), settings.total_workers * world_size()
 
 
 def _wait_for_ranks() -> None:

@@ -7,7 +7,6 @@ resuming at it are the same thing.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections import Counter
@@ -48,6 +47,7 @@ from moe_compress.distillation.trainer import TRAIN_LOG, DistillationTrainer
 from moe_compress.errors import UserError
 from moe_compress.files import write_atomically, write_json
 from moe_compress.modeling import load_tokenizer
+from moe_compress.torchrun import rank, world_size
 
 if TYPE_CHECKING:
     from moe_compress.run import Run
@@ -77,12 +77,11 @@ def _distill(run: Run) -> None:
     checkpoints = run.checkpoints()
     if not checkpoints or checkpoints[0][0] != 0:
         raise UserError(f"{run.checkpoint(0)} does not exist or is not complete; run `moe-compress compress` first")
-    world = int(os.environ.get("WORLD_SIZE", 1))
     check_training(config)
     if config.fsdp.enabled and not torch.cuda.is_available():
         _say("note: accelerate shards on GPUs only; here every rank holds the whole model")
     source, teacher = _data_and_teacher(run)
-    per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * world
+    per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * world_size()
     stages = resolve_stages(config.distillation, sequences=len(source), sequences_per_step=per_step)
     latest = checkpoints[-1][0]
     if latest > stages[-1].last_step:
@@ -115,12 +114,11 @@ def _distill(run: Run) -> None:
 
 def _train_blockwise(run: Run, stage: Stage, source: Any, per_step: int) -> None:
     """Train the MoE layers one by one, divided among the processes, and write one checkpoint at the end."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     latest = run.checkpoints()[-1][0]
     model, dtypes, groups = _student_and_groups(run, stage, latest)
     skipped = skipped_steps(run.checkpoint(latest) / TRAINING_STATE)
     order = _order(run, stage, source, per_step, skipped)
-    training = BlockwiseTraining(run, stage, order, model, groups, rank=rank, world=world)
+    training = BlockwiseTraining(run, stage, order, model, groups, rank=rank(), world=world_size())
     training.train()
     if _is_main():
         training.load_into(model)
@@ -271,7 +269,7 @@ def _forget_lines_after(log: Path, step: int) -> None:
 
 
 def _is_main() -> bool:
-    return int(os.environ.get("RANK", 0)) == 0
+    return rank() == 0
 
 
 def _say(text: str) -> None:

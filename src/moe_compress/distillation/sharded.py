@@ -7,7 +7,6 @@ by themselves; ranks that write logits may have different amounts left, and are 
 from __future__ import annotations
 
 import atexit
-import os
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
@@ -21,11 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from moe_compress.compression.layerwise import DoesNotFit, layer_list
 from moe_compress.errors import UserError
 from moe_compress.modeling import find_experts
-
-
-def world_size() -> int:
-    """How many ranks there are under torchrun, 1 outside."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+from moe_compress.torchrun import local_rank, local_world_size, world_size
 
 
 def need_ranks() -> None:
@@ -46,7 +41,7 @@ def join_ranks() -> None:
     if world_size() > 1 and not dist.is_initialized():
         backend = "gloo"
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(local_rank())
             backend = "cpu:gloo,cuda:nccl"
         # torchrun ends the ranks that wait if one fails.
         dist.init_process_group(backend, timeout=timedelta(days=30))
@@ -75,8 +70,8 @@ def shard_teacher(load: Callable[[], Any]) -> Any:
     join_ranks()
     mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world_size(),))
     model = None
-    for turn in range(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))):
-        if turn == int(os.environ.get("LOCAL_RANK", "0")):
+    for turn in range(local_world_size()):
+        if turn == local_rank():
             model = load().eval().requires_grad_(False)
             _shard(model, mesh)
         dist.barrier()

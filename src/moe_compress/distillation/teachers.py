@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +19,7 @@ from moe_compress.distillation.sharded import shard_teacher
 from moe_compress.distillation.targets import TeacherTargets
 from moe_compress.errors import UserError
 from moe_compress.modeling import load_model, resolve_model_path
+from moe_compress.torchrun import local_rank, local_world_size
 
 
 class TeacherSource(Protocol):
@@ -93,7 +93,7 @@ def load_teacher(config: Config) -> Any:
 
     if config.distillation.teacher.fsdp:
         return shard_teacher(lambda: load("cpu"))
-    return load(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
+    return load(f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu")
 
 
 def load_spread_teacher(config: Config) -> Any:
@@ -103,7 +103,7 @@ def load_spread_teacher(config: Config) -> Any:
         return load_teacher(config)
     if teacher.fsdp:
         raise UserError("distillation.teacher.device_map and fsdp both spread the teacher; keep one of them")
-    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+    if local_world_size() > 1:
         raise UserError(
             "distillation.teacher.device_map spreads the teacher of one process over all GPUs: instead of torchrun use "
             "GPUS_PER_WORKER with scripts/generate_teacher_logits_parallel.sh"

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from moe_compress.files import write_atomically
+from moe_compress.torchrun import rank
 
 if TYPE_CHECKING:
     from moe_compress.run import Run
@@ -33,7 +34,7 @@ def tracker_name(run: Run) -> str:
 
 def _tracker_id(run: Run) -> str:
     path = run.logs_dir / _ID_FILE
-    if not path.exists() and int(os.environ.get("RANK", 0)) == 0:
+    if not path.exists() and rank() == 0:
         write_atomically(path, secrets.token_hex(4))
     return path.read_text(encoding="utf-8") if path.exists() else ""  # other ranks send nothing
 
