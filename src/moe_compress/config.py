@@ -99,7 +99,7 @@ class CompressionConfig:
     input_basis: float | str = setting(
         "auto",
         "Size of a basis of the inputs of the up projection that all its deltas share, as a share of the inputs; 0 for "
-        "none, auto takes for each layer which of 0, 1/3 and 1/2 fits best at the same bytes.",
+        "none, auto takes for each layer which of 0, 1/4, 1/3, 1/2 and 2/3 fits best at the same bytes.",
     )
     allocation: str = setting(
         "greedy",

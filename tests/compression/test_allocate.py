@@ -217,7 +217,7 @@ def test_a_basis_is_chosen_where_the_experts_share_one(
     compress(run)
     facts = json.loads((run.path / "compression.json").read_text())
     bases = [[p["basis"] for p in layer["projections"].values()] for layer in facts["layers"].values()]
-    assert bases[0][0] in (11, 16) and bases[0][1] == bases[1][1] == 0
+    assert bases[0][0] in (8, 11, 16, 21) and bases[0][1] == bases[1][1] == 0
     assert facts["totals"]["ratio"] <= 0.6
     stored = json.loads((run.checkpoint(0) / "config.json").read_text())["quantization_config"]["layers"]
     assert [layer["gate_up_proj"].get("basis", 0) for layer in stored.values()] == [each[0] for each in bases]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_compress.factorization import FitSpec, Form, error_curve, fit, shrink_grams
+from moe_compress.factorization import FitSpec, Form, error_curve, error_curves, fit, shrink_grams
 
 
 def experts(rows=20, columns=12, count=5, seed=0):
@@ -36,6 +36,18 @@ def test_the_curve_is_the_error_of_the_fit(shape, form, calibrated):
     for rank in (1, 4, 11):
         result = fit(weights, FitSpec(delta_rank=rank, cores=form.cores, basis=form.basis, iterations=1), gram)
         assert curve[rank] == pytest.approx(result.history[0], rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("cores", [0, 1])
+@pytest.mark.parametrize("shape", [(20, 12), (9, 20)])
+def test_curves_of_several_bases_at_once_are_those_of_each(shape, cores):
+    weights, gram, out_gram = experts(*shape), grams_of(shape[1]), grams_of(shape[0])
+    forms = [Form(cores, 11), Form(cores), Form(cores, 3), Form(cores, 7)]
+    together = error_curves(weights, forms, gram, out_gram)
+    assert list(together) == forms
+    for form in forms:
+        alone = error_curve(weights, form, gram, out_gram)
+        torch.testing.assert_close(together[form], alone, rtol=1e-4, atol=1e-6 * float(alone[0]))
 
 
 def test_the_curve_of_equal_experts_is_zero():

@@ -18,7 +18,8 @@ from moe_compress.factorization.budget import Shape
 Key = tuple[str, str]  # module name and projection
 Choices = dict[Key, Choice]
 
-BASIS_SHARES = (Fraction(1, 3), Fraction(1, 2))  # of the inputs, that `compression.input_basis=auto` tries beside 0
+# Of the inputs, what `compression.input_basis=auto` tries beside 0.
+BASIS_SHARES = (Fraction(1, 4), Fraction(1, 3), Fraction(1, 2), Fraction(2, 3))
 
 
 def full_name(key: Key) -> str:

@@ -40,29 +40,20 @@ def error_curves(
     if out_gram is None:
         unit = 1 / squared_norm(weights, metric, list(chunks(experts, 4 * rows * columns)))
     forms = list(forms)
-    core = _core(weights, metric) if any(form.cores == 1 for form in forms) else None
-    return {form: unit * _tails(weights, form, core if form.cores == 1 else None, metric) for form in forms}
+    curves: dict[Form, Tensor] = {}
+    for cores in {form.cores for form in forms}:
+        bases = sorted({form.basis for form in forms if form.cores == cores})
+        if cores > 1:
+            curves[Form(cores)] = _tails_of_groups(weights, cores, metric)
+        else:
+            tails = _tails(weights, _core(weights, metric) if cores else None, bases, metric)
+            curves |= {Form(cores, basis): tail for basis, tail in zip(bases, tails, strict=True)}
+    return {form: unit * curves[form] for form in forms}
 
 
 def error_curve(weights: Tensor, form: Form, gram: Tensor | None = None, out_gram: Tensor | None = None) -> Tensor:
     """That of one form, see `error_curves`."""
     return error_curves(weights, [form], gram, out_gram)[form]
-
-
-def _tails(weights: Tensor, form: Form, core: Tensor | None, metric: Metric) -> Tensor:
-    """The squared error at every rank, in the norm of the metric; `core` [out, in] is that of all experts."""
-    _, rows, columns = weights.shape
-    squares = torch.zeros(min(rows, form.basis or columns), dtype=torch.float64)
-    outside = 0.0
-    if form.cores > 1:
-        groups = group_experts(weights, form.cores, metric.gram).to(weights.device)
-        for group in range(form.cores):
-            own, norm = weights[groups == group], metric.select(groups == group)
-            squares += _residual_squares(own, _core(own, norm), 0, norm)[0]
-    else:
-        squares, outside = _residual_squares(weights, core, form.basis, metric)
-    tails = torch.cat([torch.zeros(1, dtype=torch.float64), squares.cumsum(0)]) + outside  # smallest ones first
-    return tails.flip(0)
 
 
 def _core(weights: Tensor, metric: Metric) -> Tensor:
@@ -71,24 +62,40 @@ def _core(weights: Tensor, metric: Metric) -> Tensor:
     return solver.solve(solver.moment).float()
 
 
-def _residual_squares(weights: Tensor, core: Tensor | None, basis: int, metric: Metric) -> tuple[Tensor, float]:
-    """The squared singular values of what the core of some experts leaves, within a basis, summed over them.
+def _tails_of_groups(weights: Tensor, cores: int, metric: Metric) -> Tensor:
+    """The squared error at every rank where groups of experts have a core each."""
+    groups = group_experts(weights, cores, metric.gram).to(weights.device)
+    tails = torch.zeros(1 + min(weights.shape[1:]), dtype=torch.float64)
+    for group in range(cores):
+        own, norm = weights[groups == group], metric.select(groups == group)
+        tails += _tails(own, _core(own, norm), [0], norm)[0]
+    return tails
 
-    Returns:
-        Those, ascending, in fp64 on the CPU; and the squared norm of what lies outside of the basis.
+
+def _tails(weights: Tensor, core: Tensor | None, bases: list[int], metric: Metric) -> list[Tensor]:
+    """The squared error at every rank, in the norm of the metric, for bases of ascending sizes; 0 is none.
+
+    The directions of a basis are in order of their weight, so that a smaller one is the beginning of the largest.
     """
     experts, rows, columns = weights.shape
     parts = list(chunks(experts, 4 * rows * columns))
-    shared = SharedBasis(weights, core, basis, metric, parts) if basis else None
-    squares = torch.zeros(min(rows, basis or columns), dtype=torch.float64)
-    outside = 0.0
+    shared = SharedBasis(weights, core, bases[-1], metric, parts) if bases[-1] else None
+    squares = [torch.zeros(min(rows, basis or columns), dtype=torch.float64) for basis in bases]
+    outside = [0.0 for _ in bases]
     for part in parts:
         rest = residual(weights, core, part)
-        if shared is None:
-            whitened = metric.whiten(rest, part)
-        else:
-            inside = shared.inside(rest, part)
-            whitened, outside = inside.matrix, outside + inside.outside
-        small = whitened @ whitened.mT if rows <= whitened.shape[2] else whitened.mT @ whitened
-        squares += torch.linalg.eigvalsh(small).clamp_min(0).sum(0, dtype=torch.float64).cpu()
-    return squares, outside
+        inside = None if shared is None else shared.inside(rest, part)
+        for number, basis in enumerate(bases):
+            if inside is None or not basis:
+                within = metric.whiten(rest, part)
+            else:
+                within = inside.matrix[..., :basis]
+                beyond = inside.matrix[..., basis:].square().sum(dtype=torch.float64)
+                outside[number] += inside.outside + float(beyond)
+            small = within @ within.mT if rows <= within.shape[2] else within.mT @ within
+            squares[number] += torch.linalg.eigvalsh(small).clamp_min(0).sum(0, dtype=torch.float64).cpu()
+    zero = torch.zeros(1, dtype=torch.float64)
+    # Eigenvalues ascend: the sums are those of what lower ranks leave, from the smallest on.
+    return [
+        torch.cat([zero, own.cumsum(0)]).flip(0) + beyond for own, beyond in zip(squares, outside, strict=True)
+    ]
