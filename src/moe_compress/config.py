@@ -69,6 +69,11 @@ class CalibrationConfig:
         "Also weigh outputs by the Fisher information, so that errors count by what they do to predictions; takes a "
         "backward pass, the hidden states before every layer on disk, and compression.parameterization=delta.",
     )
+    trials: int = setting(
+        16,
+        "Greedy ranks: layers, spread over the depth, that are compressed on trial, each alone, to measure what their "
+        "errors really do to the predictions; 0 trusts the estimate.",
+    )
     dataset: DatasetConfig = setting(lambda: DatasetConfig(max_samples=64), "Text to calibrate on.")
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from moe_compress.compression.calibrate import GRAM_BYTES_AT_ONCE, Calibration, 
 from moe_compress.compression.layer import LayerSettings, LayerWork, layer_input
 from moe_compress.compression.ranks import Choices, budget_of, choose, forms_of, full_name
 from moe_compress.compression.source import SourceModel
+from moe_compress.compression.trials import Trials
 from moe_compress.compression.walk import CalibrationWalk, Parameters
 from moe_compress.config import Config
 from moe_compress.errors import UserError
@@ -64,22 +66,32 @@ def allocate(
         "settings": [[[asdict(form) for form in each] for each in forms.values()], settings.alignment],
         "calibration": None if calibration is None else [calibration.fingerprint, settings.calibration.shrinkage],
     }
-    key = fingerprint(
-        [measured_by, settings.allocation, asdict(budget)],
-    )
+    trials = None
+    if calibration is not None and settings.allocation == "greedy" and settings.calibration.trials:
+        names = [layer.name for layer in source.map.layers]
+        trials = Trials(calibration, names, budget, fingerprint(measured_by), settings.calibration.trials)
+    key = fingerprint([measured_by, settings.allocation, trials and trials.indices, asdict(budget)])
     kept = _read(file, key)
     if kept is not None:
         return kept
     if calibration is None:
         measured = _curves_of_weights(source, config, device)
     else:
-        measured = _curves_of_outputs(source, config, device, calibration, make_walk, fingerprint(measured_by))
+        make_walk = cache(make_walk)
+        measured = _curves_of_outputs(source, config, device, calibration, make_walk, fingerprint(measured_by), trials)
     curves: Curves = {}
     for done, (index, by_projection) in enumerate(measured, 1):
         layer = source.map.layers[index]
         curves |= {full_name((layer.name, projection)): by_form for projection, by_form in by_projection.items()}
         on_layer(done, len(source.map.layers))
     curves = {name: curves[name] for name in budget.shapes}
+    effects = [1.0] * len(source.map.layers)
+    if trials is not None:
+        effects = trials.effects(make_walk(), device, on_layer)
+        by_module = dict(zip(trials.names, effects, strict=True))
+        for module, projection in plain:
+            name = full_name((module, projection))
+            curves[name] = {form: [by_module[module] * e for e in curve] for form, curve in curves[name].items()}
     found = (greedy_choices if settings.allocation == "greedy" else uniform_choices)(curves, budget)
 
     def error(name: str, choice: Choice) -> float:
@@ -92,6 +104,7 @@ def allocate(
             "made_by": key,
             "error_of": _error_of(calibration),
             "budget": budget.total,
+            "effects": effects,
             "projections": {
                 name: {
                     "module": module,
@@ -133,6 +146,7 @@ def _curves_of_outputs(
     calibration: Calibration,
     make_walk: Callable[[], CalibrationWalk | None],
     key: str,
+    trials: Trials | None,
 ) -> Iterator[tuple[int, Curves]]:
     """Index and curves of each layer; a killed run finds those it had measured beside the calibration's files.
 
@@ -144,7 +158,7 @@ def _curves_of_outputs(
         return calibration.directory / f"curves-{index:05d}.json"
 
     def kept(index: int) -> Curves | None:
-        if not file(index).is_file():
+        if not file(index).is_file() or not (trials is None or trials.made(index)):
             return None
         facts = json.loads(file(index).read_text(encoding="utf-8"))
         if facts["made_by"] != key:
@@ -167,7 +181,7 @@ def _curves_of_outputs(
     fisher = calibration.fisher_seed is not None
     keep = walk is None or sum(gram_bytes(layer.experts, fisher=fisher) for layer in layers) <= GRAM_BYTES_AT_ONCE
     for index in missing if walk is None else walk.run(lambda index: index in finished, never_compressed):
-        curves = _layer_curves(source, config, device, index, calibration)
+        curves = _layer_curves(source, config, device, index, calibration, trials)
         facts = {
             projection: [{**asdict(form), "errors": errors} for form, errors in by_form.items()]
             for projection, by_form in curves.items()
@@ -179,9 +193,14 @@ def _curves_of_outputs(
 
 
 def _layer_curves(
-    source: SourceModel, config: Config, device: torch.device, index: int, calibration: Calibration | None = None
+    source: SourceModel,
+    config: Config,
+    device: torch.device,
+    index: int,
+    calibration: Calibration | None = None,
+    trials: Trials | None = None,
 ) -> Curves:
-    """The error of each projection of a layer in each form that it may take, at every delta rank."""
+    """The error of each projection of a layer in each form that it may take, at every delta rank; and its trial."""
     settings, layer = config.compression, source.map.layers[index]
     grams = None if calibration is None else calibration.load(index)
     given = layer_input(layer.experts, source.map.load(source.checkpoint, layer), grams)
@@ -189,10 +208,13 @@ def _layer_curves(
     forms = {name: forms_of(name, layer.experts.projections[name], settings) for name in given.weights}
     if settings.alignment == "weights" and any(form.cores for tried in forms.values() for form in tried):
         work.align()
-    return {
+    curves = {
         name: {form: curve.tolist() for form, curve in work.curves(name, tried).items()}
         for name, tried in forms.items()
     }
+    if trials is not None:
+        trials.make(index, work, curves)
+    return curves
 
 
 def never_compressed(index: int) -> Parameters:

@@ -301,6 +301,16 @@ class Calibration:
         out_grams = {name.removesuffix(_OUT): tensors.pop(name) for name in list(tensors) if name.endswith(_OUT)}
         return LayerGrams(tensors, tokens, out_grams)
 
+    def load_model(self, device: torch.device) -> PreTrainedModel:
+        """The whole original model."""
+        settings = self.config.model
+        return load_model(
+            str(self.model_path),
+            dtype=settings.dtype,
+            trust_remote_code=settings.trust_remote_code,
+            device=str(device),
+        )
+
     def run(self, layers: list[int], device: torch.device, progress: Callable[[int, int], None]) -> None:
         """Collect the matrices of some MoE layers, by their index, with the whole model in memory; write their files.
 
@@ -309,13 +319,7 @@ class Calibration:
             progress: called with batches done and batches in all.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        settings = self.config.model
-        model = load_model(
-            str(self.model_path),
-            dtype=settings.dtype,
-            trust_remote_code=settings.trust_remote_code,
-            device=str(device),
-        )
+        model = self.load_model(device)
         experts = find_experts(model)
         fisher = self.fisher_seed is not None
         sizes = ((index, 0 if self.counts_only else gram_bytes(experts[index], fisher=fisher)) for index in layers)

@@ -118,7 +118,7 @@ class CalibrationWalk:
         block = self.model.layer(number)
         modules = self.model.experts(block, number)
         for index, parameters in (compressed or {}).items():
-            _put(modules[index], self.experts[index], parameters)
+            put_experts(modules[index], self.experts[index], parameters)
         options = {"fisher": self.calibration.fisher_seed is not None, "counts_only": self.calibration.counts_only}
         sums = {index: LayerGrams.zeros(self.experts[index], self.model.device, **options) for index in collect}
         with collect_into({modules[index]: layer for index, layer in sums.items()}, modules.values()):
@@ -164,7 +164,7 @@ class CalibrationWalk:
         return fingerprint([self.calibration.key(nearest), number])
 
 
-def _put(module: nn.Module, experts: ExpertsModule, parameters: Parameters) -> None:
+def put_experts(module: nn.Module, experts: ExpertsModule, parameters: Parameters) -> None:
     """Write the product of factors into an experts module of the original class, with the biases."""
     factors, biases = parameters
     for name, bias in biases.items():

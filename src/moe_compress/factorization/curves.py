@@ -96,6 +96,4 @@ def _tails(weights: Tensor, core: Tensor | None, bases: list[int], metric: Metri
             squares[number] += torch.linalg.eigvalsh(small).clamp_min(0).sum(0, dtype=torch.float64).cpu()
     zero = torch.zeros(1, dtype=torch.float64)
     # Eigenvalues ascend: the sums are those of what lower ranks leave, from the smallest on.
-    return [
-        torch.cat([zero, own.cumsum(0)]).flip(0) + beyond for own, beyond in zip(squares, outside, strict=True)
-    ]
+    return [torch.cat([zero, own.cumsum(0)]).flip(0) + beyond for own, beyond in zip(squares, outside, strict=True)]
