@@ -105,7 +105,7 @@ def test_the_plan_says_that_ranks_are_not_final(uneven: Path, settings: Settings
     assert "upper limit" not in final.getvalue()
 
 
-def test_with_fisher_information_ranks_go_where_the_predictions_need_them(
+def test_with_fisher_information_or_trials_ranks_go_where_the_predictions_need_them(
     make_model: Callable[..., Any], tokenizer: Any, settings: Settings, tmp_path: Path
 ) -> None:
     model = make_model("olmoe")
@@ -117,13 +117,14 @@ def test_with_fisher_information_ranks_go_where_the_predictions_need_them(
     tokenizer.save_pretrained(tmp_path / "model")
     changes = {"target_ratio": 0.4, "rank_multiple": 1, "cores": 0, "alignment": "none"}
     found = {}
-    for name, fisher, allocation in (
-        ("even", True, "uniform"),
-        ("weights", False, "greedy"),
-        ("fisher", True, "greedy"),
+    for name, fisher, allocation, trials in (
+        ("even", True, "uniform", 16),
+        ("outputs", False, "greedy", 0),
+        ("trials", False, "greedy", 16),
+        ("fisher", True, "greedy", 0),
     ):
         config = settings(tmp_path / "model", calibrate=True, allocation=allocation, **changes)
-        config.compression.calibration.fisher = fisher
+        config.compression.calibration.fisher, config.compression.calibration.trials = fisher, trials
         run = Run.create(tmp_path / name, config)
         compress(run)
         facts = json.loads((run.path / "compression.json").read_text())
@@ -132,8 +133,9 @@ def test_with_fisher_information_ranks_go_where_the_predictions_need_them(
             [projection["delta_rank"] for projection in layer["projections"].values()]
             for layer in facts["layers"].values()
         ]
-    assert abs(sum(found["weights"][0]) - sum(found["weights"][1])) <= 6
-    assert max(found["fisher"][0]) < min(found["fisher"][1]) and found["even"] != found["fisher"]
+    assert abs(sum(found["outputs"][0]) - sum(found["outputs"][1])) <= 6
+    for name in ("fisher", "trials"):
+        assert max(found[name][0]) < min(found[name][1]) and found["even"] != found[name]
     config.compression.calibration.sequential = True
     with pytest.raises(UserError, match="sequential=false"):
         check_values(config)

@@ -88,11 +88,13 @@ def allocate(
     effects = [1.0] * len(source.map.layers)
     if trials is not None:
         effects = trials.effects(make_walk(), device, on_layer)
-        by_module = dict(zip(trials.names, effects, strict=True))
-        for module, projection in plain:
-            name = full_name((module, projection))
-            curves[name] = {form: [by_module[module] * e for e in curve] for form, curve in curves[name].items()}
-    found = (greedy_choices if settings.allocation == "greedy" else uniform_choices)(curves, budget)
+    by_module = dict(zip((layer.name for layer in source.map.layers), effects, strict=True))
+    weighed = {
+        name: {form: [by_module[key[0]] * error for error in curve] for form, curve in curves[name].items()}
+        for key in plain
+        for name in [full_name(key)]
+    }
+    found = (greedy_choices if settings.allocation == "greedy" else uniform_choices)(weighed, budget)
 
     def error(name: str, choice: Choice) -> float:
         curve = curves[name][choice.form]

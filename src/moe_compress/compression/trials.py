@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,20 +89,25 @@ class Trials:
         sources = {name: tensor_source(tensor) for name, tensor in tensors.items()}
         write_shard(self.file(index), sources, {"fingerprint": self._made_by(index)})
 
-    def load(self, index: int) -> tuple[Parameters, float]:
-        """The factors and biases of a layer, and the error that is expected of it; 0 where it could not be tried."""
-        tensors = {name: read_tensor(entry) for name, entry in read_header(self.file(index)).entries.items()}
-        estimate = float(tensors.pop(_ESTIMATE))
+    def estimate(self, index: int) -> float:
+        """The error that is expected of a layer; 0 where it could not be tried."""
+        return float(read_tensor(read_header(self.file(index)).entries[_ESTIMATE]))
+
+    def parameters(self, index: int) -> Parameters:
+        """The factors and biases of a layer."""
         parts: dict[str, dict[str, Tensor]] = {}
-        biases = {name: tensors.pop(name) for name in list(tensors) if name.endswith("_bias")}
-        for name, tensor in tensors.items():
+        biases = {}
+        for name, entry in read_header(self.file(index)).entries.items():
             projection, _, part = name.partition(".")
-            parts.setdefault(projection, {})[part] = tensor
+            if part:
+                parts.setdefault(projection, {})[part] = read_tensor(entry)
+            elif name != _ESTIMATE:
+                biases[name] = read_tensor(entry)
         factors = {
             name: DeltaFactors(own.get("core"), own["delta_out"], own["delta_in"], own.get("groups"), own.get("basis"))
             for name, own in parts.items()
         }
-        return (factors, biases), estimate
+        return factors, biases
 
     def effects(
         self, walk: CalibrationWalk | None, device: torch.device, progress: Callable[[int, int], None]
@@ -113,25 +119,18 @@ class Trials:
             device: where the whole runs.
             progress: called with what is done and what is to do.
         """
-        parameters, estimates = {}, {}
-        for index in self.indices:
-            parameters[index], estimates[index] = self.load(index)
-        parameters = {index: own for index, own in parameters.items() if estimates[index] > 0}
+        estimates = {index: self.estimate(index) for index in self.indices}
+        tried = [index for index in self.indices if estimates[index] > 0]
         rows = torch.from_numpy(self.calibration.rows[: max(1, _TOKENS // self.calibration.rows.shape[1])])
         if walk is None:
-            found, dtype = _of_whole_model(self.calibration, rows, parameters, device, progress)
+            found, dtype = _of_whole_model(self, tried, rows, device, progress)
         else:
-            found, dtype = _LayerwiseTrials(walk, rows, parameters, self._key).run(progress), walk.model.dtype
+            found, dtype = _LayerwiseTrials(self, tried, rows, walk).run(progress), walk.model.dtype
         noise = _NOISE.get(dtype, _NOISE_OF_16_BITS)
         # With Fisher information twice the nats over the whole text, else without a unit.
         unit = 1.0 if self.calibration.fisher_seed is None else 1 / (2 * self.calibration.rows.size)
         ratios = {index: kl / (unit * estimates[index]) for index, kl in found.items() if kl > noise}
         return spread_between(ratios, len(self.names))
-
-    def remove(self) -> None:
-        """Delete what was kept."""
-        for index in self.indices:
-            self.file(index).unlink(missing_ok=True)
 
     def _share(self, index: int) -> Budget:
         """The budget of one layer, whose projections are called without the layer's name."""
@@ -160,12 +159,11 @@ def spread_between(ratios: Mapping[int, float], count: int) -> list[float]:
 class _LayerwiseTrials:
     """Takes text through the model as it is, and with each of the layers on trial, one decoder layer in memory."""
 
-    def __init__(self, walk: CalibrationWalk, rows: Tensor, parameters: Mapping[int, Parameters], key: str) -> None:
+    def __init__(self, trials: Trials, tried: list[int], rows: Tensor, walk: CalibrationWalk) -> None:
+        self.trials, self.tried, self.rows = trials, tried, rows
         self.model: LayerwiseModel = walk.model
         self.experts = walk.experts
-        self.rows, self.parameters = rows, parameters
-        self.batches = rows.split(walk.calibration.config.compression.calibration.batch_size)
-        self.directory, self.key = walk.calibration.directory, key
+        self.batches = rows.split(trials.calibration.config.compression.calibration.batch_size)
 
     @torch.no_grad()
     def run(self, progress: Callable[[int, int], None]) -> dict[int, float]:
@@ -174,14 +172,14 @@ class _LayerwiseTrials:
         ways: list[int | None] = [None]  # the original, and every trial whose layer was passed
         for number in range(depth):
             block = self.model.layer(number)
-            modules = self.model.experts(block, number)
-            with collect_into({}, modules.values()):
-                for way in ways:
-                    self._states(way, number + 1).write(self._through(block, number, way), len(self.rows))
-                for index in [index for index in modules if index in self.parameters]:
-                    with _replaced(modules[index], self.experts[index], self.parameters[index]):
-                        self._states(index, number + 1).write(self._through(block, number, None), len(self.rows))
-                    ways.append(index)
+            self._pass(block, number, {way: way for way in ways})
+            for place, index in enumerate(index for index in self.model.moe_layers[number] if index in self.tried):
+                if place:  # the one before has changed it
+                    block = self.model.layer(number)
+                module = self.model.experts(block, number)[index]
+                put_experts(module, self.experts[index], self.trials.parameters(index))
+                self._pass(block, number, {index: None})
+                ways.append(index)
             for way in ways:
                 self._states(way, number).remove()
             progress(number + 1, depth + 1)
@@ -191,6 +189,12 @@ class _LayerwiseTrials:
             self._states(way, depth).remove()
         progress(depth + 1, depth + 1)
         return found
+
+    def _pass(self, block: nn.Module, number: int, ways: Mapping[int | None, int | None]) -> None:
+        """Run a decoder layer for each of some ways, on the states that another way (or the same) comes with."""
+        with collect_into({}, self.model.experts(block, number).values()):
+            for way, origin in ways.items():
+                self._states(way, number + 1).write(self._through(block, number, origin), len(self.rows))
 
     def _through(self, block: nn.Module, number: int, way: int | None) -> Iterator[Tensor]:
         states, done = self._states(way, number), 0
@@ -215,29 +219,23 @@ class _LayerwiseTrials:
     def _states(self, way: int | None, number: int) -> StateFile:
         """What the decoder layer `number` is given on one way; for their number, what the last one gives."""
         name = "original" if way is None else f"{way:05d}"
-        return StateFile(self.directory / f"trial-{name}-{number:05d}.safetensors", self.key)
+        return StateFile(self.trials.calibration.directory / f"trial-{name}-{number:05d}.safetensors", "trial")
 
 
 @torch.no_grad()
 def _of_whole_model(
-    calibration: Calibration,
-    rows: Tensor,
-    parameters: Mapping[int, Parameters],
-    device: torch.device,
-    progress: Callable[[int, int], None],
+    trials: Trials, tried: list[int], rows: Tensor, device: torch.device, progress: Callable[[int, int], None]
 ) -> tuple[dict[int, float], torch.dtype]:
     """As `_LayerwiseTrials.run`, with the whole model in memory; and the type that it computes in."""
-    model = calibration.load_model(device)
-    model.eval()
+    model: Any = trials.calibration.load_model(device).eval()
     experts = find_experts(model)
-    found = dict.fromkeys(parameters, 0.0)
-    for row, input_ids in enumerate(rows.split(1)):
-        original = model(input_ids=input_ids.to(device), use_cache=False).logits
-        for index, own in parameters.items():
-            with _replaced(experts[index].module, experts[index], own):
-                logits = model(input_ids=input_ids.to(device), use_cache=False).logits
-            found[index] += divergence(original, logits) / rows.numel()
-        progress(row + 1, len(rows))
+    originals = [model(input_ids=row.to(device), use_cache=False).logits for row in rows.split(1)]
+    found = {}
+    for done, index in enumerate(tried, 1):
+        with _replaced(experts[index].module, experts[index], trials.parameters(index)):
+            trial = (model(input_ids=row.to(device), use_cache=False).logits for row in rows.split(1))
+            found[index] = sum(map(divergence, originals, trial)) / rows.numel()
+        progress(done, len(tried))
     return found, model.dtype
 
 

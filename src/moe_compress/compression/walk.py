@@ -7,6 +7,7 @@ out of a layer does not depend on where a run was interrupted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import takewhile
@@ -18,9 +19,10 @@ from moe_compress.compression.calibrate import Calibration, LayerGrams, collect_
 from moe_compress.compression.layerwise import LayerCall, LayerwiseModel
 from moe_compress.compression.states import StateFile
 from moe_compress.factorization import Factors
+from moe_compress.factorization.grams import chunks
 from moe_compress.files import fingerprint
 from moe_compress.modeling import ExpertsModule
-from moe_compress.modeling.find import set_expert_weights
+from moe_compress.modeling.find import to_native
 
 Parameters = tuple[Mapping[str, Factors], Mapping[str, Tensor]]  # factors by projection, biases by `<projection>_bias`
 
@@ -169,9 +171,9 @@ def put_experts(module: nn.Module, experts: ExpertsModule, parameters: Parameter
     factors, biases = parameters
     for name, bias in biases.items():
         getattr(module, name).copy_(bias)
-    weights = {}
-    for projection in experts.projections:
-        own, device = factors[projection], getattr(module, projection).device
-        moved = {name: tensor.to(device) for name, tensor in vars(own).items() if tensor is not None}
-        weights[projection] = replace(own, **moved).materialize()
-    set_expert_weights(module, weights)
+    for projection, (count, *sides) in experts.projections.items():
+        own, target = factors[projection], getattr(module, projection)
+        moved = {name: tensor.to(target.device) for name, tensor in vars(own).items() if tensor is not None}
+        whole = replace(own, **moved)
+        for part in chunks(count, 4 * math.prod(sides)):
+            target[part].copy_(to_native(whole.materialize(part), experts.is_transposed))
