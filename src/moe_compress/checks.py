@@ -64,7 +64,7 @@ _RULES: dict[type, dict[str, _Rule]] = {
         "max_length": _at_least(2),
         "shuffle_buffer": _at_least(1),
     },
-    schema.CalibrationConfig: {"shrinkage": _between(0, 1), "batch_size": _at_least(1)},
+    schema.CalibrationConfig: {"shrinkage": _between(0, 1), "batch_size": _at_least(1), "trials": _at_least(0)},
     schema.CompressionConfig: {
         "rank": _at_least(1),
         "target_ratio": _OPEN_UNIT,

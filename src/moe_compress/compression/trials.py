@@ -229,13 +229,14 @@ def _of_whole_model(
     """As `_LayerwiseTrials.run`, with the whole model in memory; and the type that it computes in."""
     model: Any = trials.calibration.load_model(device).eval()
     experts = find_experts(model)
-    originals = [model(input_ids=row.to(device), use_cache=False).logits for row in rows.split(1)]
-    found = {}
-    for done, index in enumerate(tried, 1):
-        with _replaced(experts[index].module, experts[index], trials.parameters(index)):
-            trial = (model(input_ids=row.to(device), use_cache=False).logits for row in rows.split(1))
-            found[index] = sum(map(divergence, originals, trial)) / rows.numel()
-        progress(done, len(tried))
+    found = dict.fromkeys(tried, 0.0)
+    for row, input_ids in enumerate(rows.to(device).split(1)):  # one at a time, for the sake of the logits
+        original = model(input_ids=input_ids, use_cache=False).logits
+        for index in tried:
+            with _replaced(experts[index].module, experts[index], trials.parameters(index)):
+                logits = model(input_ids=input_ids, use_cache=False).logits
+            found[index] += divergence(original, logits) / rows.numel()
+        progress(row + 1, len(rows))
     return found, model.dtype
 
 
