@@ -4,7 +4,7 @@ import itertools
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moe_compress.errors import UserError
@@ -109,6 +109,7 @@ def test_too_small_a_budget_is_refused():
 
 
 @settings(max_examples=40, deadline=None)
+@example(starts=[[1.0, 0.25, 1.0]] * 3, decays=[0.5] * 3, ratio=0.3046875)  # all change their form at one price
 @given(
     starts=st.lists(st.lists(st.floats(0.1, 10), min_size=3, max_size=3), min_size=2, max_size=3),
     decays=st.lists(st.floats(0.3, 0.95), min_size=3, max_size=3),

@@ -107,21 +107,29 @@ def _forms_by_price(curves: Curves, budget: Budget) -> dict[str, Form]:
         if not options[name]:
             raise UserError(f"{name}: experts of {budget.shapes[name]} cannot be made smaller; leave them as they are")
 
-    def best(price: float) -> tuple[dict[str, Form], float]:
-        forms, spent = {}, 0.0
+    def best(price: float) -> dict[str, tuple[Form, float]]:
+        """The form of each projection, and what it costs at the rank that is best for it."""
+        found = {}
         for name, tried in options.items():
             values = [errors + price * costs for _, costs, errors in tried]
             least = min(range(len(tried)), key=lambda number: float(values[number].min()))
-            forms[name] = tried[least][0]
-            spent += float(tried[least][1][int(values[least].argmin())])
-        return forms, spent
+            form, costs, _ = tried[least]
+            found[name] = form, float(costs[int(values[least].argmin())])
+        return found
+
+    def spent(found: Mapping[str, tuple[Form, float]]) -> float:
+        return sum(cost for _, cost in found.values())
 
     low = min(float(errors[-1]) for tried in options.values() for _, _, errors in tried) * 1e-15 + 1e-300
     high = max(float(errors[0]) for tried in options.values() for _, _, errors in tried) + 1e-300
     for _ in range(_BISECTIONS):  # of the logarithm: `high` stays within the budget where anything does
         middle = math.sqrt(low) * math.sqrt(high)
-        low, high = (low, middle) if best(middle)[1] <= budget.total else (middle, high)
-    return best(high)[0]
+        low, high = (low, middle) if spent(best(middle)) <= budget.total else (middle, high)
+    found, dearer = best(high), best(low)
+    for name in found:  # several may change at one price, and the budget reach for some of them
+        changed = found | {name: dearer[name]}
+        found = changed if spent(changed) <= budget.total else found
+    return {name: form for name, (form, _) in found.items()}
 
 
 def uniform_choices(curves: Curves, budget: Budget) -> dict[str, Choice]:
