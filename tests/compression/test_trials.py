@@ -14,6 +14,7 @@ from moe_compress.compression import compress, trials
 from moe_compress.compression.allocate import allocate
 from moe_compress.compression.calibrate import Calibration
 from moe_compress.compression.job import calibration_walk
+from moe_compress.compression.layerwise import DoesNotFit, LayerwiseModel
 from moe_compress.compression.source import open_model
 from moe_compress.compression.trials import Trials, divergence, spread_between
 from moe_compress.config import Config
@@ -151,3 +152,16 @@ def test_a_layer_that_cannot_be_as_small_alone_is_left_out(
     assert tried.trials.estimate(0) == 0 < tried.trials.estimate(1)
     effects = json.loads(tried.file.read_text())["effects"]
     assert effects[0] == effects[1]
+
+
+def test_a_head_that_cannot_be_run_leaves_the_errors_as_they_are(
+    model_dir: Callable[[str], Path], settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Any) -> None:
+        raise DoesNotFit("its head wants more")
+
+    monkeypatch.setattr(LayerwiseModel, "check_head", refuse)
+    config = settings(model_dir("olmoe"), calibrate=True, allocation="greedy", target_ratio=0.5, cores=0)
+    run = Run.create(tmp_path / "run", config)
+    compress(run)
+    assert json.loads((run.path / "allocation.json").read_text())["effects"] == [1.0, 1.0]

@@ -25,7 +25,7 @@ from moe_compress.compression.backward import LOGITS_BYTES
 from moe_compress.compression.calibrate import Calibration, collect_into
 from moe_compress.compression.checkpoint import made_by, read_header, read_tensor
 from moe_compress.compression.layer import LayerWork
-from moe_compress.compression.layerwise import LayerwiseModel
+from moe_compress.compression.layerwise import DoesNotFit, LayerwiseModel
 from moe_compress.compression.ranks import full_name
 from moe_compress.compression.shards import tensor_source, write_shard
 from moe_compress.compression.states import StateFile
@@ -112,7 +112,8 @@ class Trials:
     def effects(
         self, walk: CalibrationWalk | None, device: torch.device, progress: Callable[[int, int], None]
     ) -> list[float]:
-        """By what the curves of each MoE layer are to be multiplied; 1 for all if no trial says anything.
+        """By what the curves of each MoE layer are to be multiplied; 1 for all if no trial says anything, or if the
+        model's head cannot be run by itself.
 
         Args:
             walk: takes text through the model; None if only the whole of it can run.
@@ -122,6 +123,11 @@ class Trials:
         estimates = {index: self.estimate(index) for index in self.indices}
         tried = [index for index in self.indices if estimates[index] > 0]
         rows = torch.from_numpy(self.calibration.rows[: max(1, _TOKENS // self.calibration.rows.shape[1])])
+        try:
+            if walk is not None:
+                walk.model.check_head()
+        except DoesNotFit:  # with Fisher information there would be no walk
+            return [1.0] * len(self.names)
         if walk is None:
             found, dtype = _of_whole_model(self, tried, rows, device, progress)
         else:
