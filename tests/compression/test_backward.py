@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from moe_compress.compression import allocate, backward, compress
 from moe_compress.compression.backward import FisherWalk
-from moe_compress.compression.calibrate import Calibration, collect_grams
+from moe_compress.compression.calibrate import Calibration
+from moe_compress.compression.collect import collect_grams
 from moe_compress.compression.layerwise import DoesNotFit, LayerwiseModel
 from moe_compress.compression.source import SourceModel, open_model
 from moe_compress.compression.walk import CalibrationWalk

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_compress.compression import calibrate
-from moe_compress.compression.calibrate import Calibration, LayerGrams, collect_grams
+from moe_compress.compression import calibrate, collect
+from moe_compress.compression.calibrate import Calibration
+from moe_compress.compression.collect import LayerGrams, collect_grams
 from moe_compress.compression.layer import LayerSettings, fit_layer, layer_input
 from moe_compress.config import Config
 from moe_compress.errors import UserError
@@ -87,7 +88,7 @@ def test_the_forward_pass_is_the_ordinary_one(
     hook.remove()
     torch.testing.assert_close(seen[0], expected, rtol=1e-4, atol=1e-5)
     assert model.get_experts_implementation() == before
-    assert not calibrate._collecting
+    assert not collect._collecting
 
     def fail() -> None:
         raise KeyboardInterrupt
@@ -95,7 +96,7 @@ def test_the_forward_pass_is_the_ordinary_one(
     with pytest.raises(KeyboardInterrupt):
         collect_grams(model, find_experts(model), [tokens], fail)
     assert model.get_experts_implementation() == before
-    assert not calibrate._collecting
+    assert not collect._collecting
 
 
 def test_padding_and_unused_experts(make_model: Callable[..., Any]) -> None:
@@ -104,7 +105,7 @@ def test_padding_and_unused_experts(make_model: Callable[..., Any]) -> None:
     states, weights = torch.randn(3, 32), torch.full((3, 2), 0.5)
     padding = found.num_experts
     index = torch.tensor([[1, padding], [4, 1], [padding, padding]])
-    with torch.no_grad(), calibrate.collect_into({found.module: sums}, [found.module]):
+    with torch.no_grad(), collect.collect_into({found.module: sums}, [found.module]):
         output = found.module(states, index, weights)
         assert torch.equal(output[2], torch.zeros(32))
         alone = found.module(states[:1], index[:1, :1], weights[:1, :1])

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from moe_compress.compression.calibrate import GRAM_BYTES_AT_ONCE, Calibration, gram_bytes
+from moe_compress.compression.calibrate import GRAM_BYTES_AT_ONCE, Calibration
+from moe_compress.compression.collect import gram_bytes
 from moe_compress.compression.layer import LayerSettings, LayerWork, layer_input
 from moe_compress.compression.ranks import Choices, budget_of, choose, forms_of, full_name
 from moe_compress.compression.source import SourceModel

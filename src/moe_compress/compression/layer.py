@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_compress.compression.calibrate import LayerGrams
+from moe_compress.compression.collect import LayerGrams
 from moe_compress.errors import UserError
 from moe_compress.factorization import (
     Factors,

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from moe_compress.compression.calibrate import gram_bytes
+from moe_compress.compression.collect import gram_bytes
 from moe_compress.compression.footprint import disk_needed, peak_stages
 from moe_compress.compression.mapping import MoeLayer
 from moe_compress.compression.ranks import Choices, choose, is_measured, shapes_of, stored_dtype

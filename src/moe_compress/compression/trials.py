@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from moe_compress.compression.backward import LOGITS_BYTES
-from moe_compress.compression.calibrate import Calibration, collect_into
+from moe_compress.compression.calibrate import Calibration
 from moe_compress.compression.checkpoint import made_by, read_header, read_tensor
+from moe_compress.compression.collect import collect_into
 from moe_compress.compression.layer import LayerWork
 from moe_compress.compression.layerwise import DoesNotFit, LayerwiseModel
 from moe_compress.compression.ranks import full_name

@@ -15,7 +15,8 @@ from itertools import takewhile
 import torch
 from torch import Tensor, nn
 
-from moe_compress.compression.calibrate import Calibration, LayerGrams, collect_into
+from moe_compress.compression.calibrate import Calibration
+from moe_compress.compression.collect import LayerGrams, collect_into
 from moe_compress.compression.layerwise import LayerCall, LayerwiseModel
 from moe_compress.compression.states import StateFile
 from moe_compress.factorization import Factors
