@@ -67,6 +67,8 @@ def test_cells_are_measured_once_and_the_table_takes_the_best_learning_rate(sour
 
     cells = again.cells()
     distilled = group(cells)[True, 0.5, "svd-llm-joint"]
+    newer = [{**cell, "settings": {"version": 7}} for cell in cells if cell["ratio"] == 0.25]
+    assert {key[1] for key in group([*newer, *cells])} == {0.25} and group([*newer, *cells]) == group(newer)
     both = [cell for cell in cells if cell["training"] and cell["ratio"] == 0.5]
     assert len(both) == 2 and distilled == [min(both, key=lambda cell: cell["validation"]["loss"])]
     assert distilled[0]["test"]["kl"] > 0 and 0.4 < distilled[0]["kept"] <= 0.5
