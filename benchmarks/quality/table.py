@@ -79,7 +79,7 @@ def teacher_line(cells: list[Cell]) -> list[str]:
     """What the original itself reaches, as a paragraph."""
     lines = []
     for teacher in (cell for cell in cells if cell["method"] == "teacher"):
-        tasks = "".join(f", {task} {value:.2f}" for task, value in teacher.get("tasks", {}).items())
+        tasks = "".join(f", {task} {value:.2f}" for task, value in sorted(teacher.get("tasks", {}).items()))
         lines += [f"Teacher: perplexity {teacher['test']['perplexity']:.3f}{tasks}.", ""]
     return lines
 
