@@ -15,7 +15,9 @@ def group(cells: list[Cell]) -> dict[tuple[bool, float, str], list[Cell]]:
     """Cells by (distilled, ratio, method); of the distilled ones, those at the learning rate that is best on the
     validation text for the first seed that has all of them. Of several versions of a method, the latest alone."""
     grouped: dict[tuple[bool, float, str], list[Cell]] = defaultdict(list)
-    latest = {name: max(_version(cell) for cell in cells if cell["method"] == name) for name in _methods(cells)}
+    latest: dict[str, int] = defaultdict(int)
+    for cell in cells:
+        latest[cell["method"]] = max(latest[cell["method"]], _version(cell))
     for cell in cells:
         if "test" in cell and cell["method"] != "teacher" and _version(cell) == latest[cell["method"]]:
             grouped[cell["training"] is not None, cell["ratio"], cell["method"]].append(cell)
@@ -28,10 +30,6 @@ def group(cells: list[Cell]) -> dict[tuple[bool, float, str], list[Cell]]:
             best = min((c for c in found if c["seed"] == searched), key=lambda c: c["validation"]["loss"])
             found[:] = [c for c in found if c["training"] == best["training"]]
     return grouped
-
-
-def _methods(cells: list[Cell]) -> set[str]:
-    return {cell["method"] for cell in cells}
 
 
 def _version(cell: Cell) -> int:

@@ -20,6 +20,12 @@ def compressed(config: Config, path: Path) -> Run:
     return run
 
 
+def saved(model: Any, tokenizer: Any, path: Path) -> Path:
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
 def load(path: Path) -> Any:
     from transformers import AutoModelForCausalLM
 

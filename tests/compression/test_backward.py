@@ -23,6 +23,7 @@ from moe_compress.config import Config, ModelConfig
 from moe_compress.errors import UserError
 from moe_compress.modeling import find_experts, load_model
 from moe_compress.run import Run
+from tests.compression.runs import saved
 
 Settings = Callable[..., Config]
 CPU = torch.device("cpu")
@@ -51,12 +52,6 @@ def never(index: int) -> Any:
 
 def walked(walk: CalibrationWalk) -> list[int]:
     return list(walk.run(lambda index: False, never))
-
-
-def saved(model: Any, tokenizer: Any, path: Path) -> Path:
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
 
 
 def states_in(directory: Path) -> list[str]:

@@ -21,6 +21,7 @@ from moe_compress.config import Config
 from moe_compress.modeling import find_experts, load_model
 from moe_compress.modeling.find import set_expert_weights
 from moe_compress.run import Run
+from tests.compression.runs import saved
 
 Settings = Callable[..., Config]
 CPU = torch.device("cpu")
@@ -72,13 +73,12 @@ def test_both_ways_measure_the_divergence_of_each_layer_alone(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model, path = make_model(family), tmp_path / "model"
+    model = make_model(family)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".experts." in name:
                 parameter.mul_(4.0)  # what is left of them shows in the predictions
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
+    path = saved(model, tokenizer, tmp_path / "model")
     config = settings(path, calibrate=True, allocation="greedy", target_ratio=0.4, rank_multiple=1, cores="auto")
     config.compression.calibration.fisher = True
     tried = Tried(path, config, tmp_path, monkeypatch)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from moe_compress.compression.layerwise import LayerwiseModel
 from moe_compress.compression.predictions import draws_for, surprise_of_samples
 from moe_compress.compression.states import StateFile
 from moe_compress.compression.walk import CalibrationWalk, Parameters
@@ -21,6 +22,13 @@ from moe_compress.errors import UserError, first_line
 from moe_compress.files import fingerprint
 
 LOGITS_BYTES = 64 << 20  # logits in fp32 that are looked at together
+
+
+def stretches(model: LayerwiseModel, length: int) -> Iterator[tuple[int, int]]:
+    """First position and end of parts of a sequence whose logits are looked at together; the whole of it, where the
+    head cannot be run at some positions only."""
+    step = min(length, max(1, LOGITS_BYTES // (4 * model.vocabulary))) if model.picks else length
+    return ((first, min(first + step, length)) for first in range(0, length, step))
 
 
 class FisherWalk(CalibrationWalk):
@@ -96,11 +104,8 @@ class FisherWalk(CalibrationWalk):
     def _gradient_of_predictions(self, input_ids: Tensor, hidden_states: Tensor, draws: Tensor) -> Tensor:
         """The gradient of minus the log-likelihood of samples, for one sequence: [1, L, H], as `hidden_states`."""
         start = hidden_states.to(self.model.device).requires_grad_()
-        length = draws.shape[1]
-        step = min(length, max(1, LOGITS_BYTES // (4 * self.model.vocabulary))) if self.model.picks else length
         with self._differentiated("the head"):
-            for first in range(0, length, step):
-                stop = min(first + step, length)
+            for first, stop in stretches(self.model, draws.shape[1]):
                 logits = self.model.logits(input_ids, start, first, stop)
                 surprise_of_samples(logits, draws[:, first:stop]).backward()
         assert start.grad is not None

@@ -8,7 +8,7 @@ out of a layer does not depend on where a run was interrupted.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import takewhile
 
@@ -140,13 +140,7 @@ class CalibrationWalk:
 
     def _calls(self, number: int) -> Iterator[tuple[slice, LayerCall, Tensor]]:
         """What a decoder layer is called with, batch by batch: which sequences these are, and its inputs [B, L, H]."""
-        inputs, done = self._inputs(number), 0
-        for input_ids in self.calibration.batches:
-            rows = slice(done, done + len(input_ids))
-            call = self.model.call(number, input_ids)
-            hidden_states = inputs.read(rows.start, rows.stop) if number else call.hidden_states
-            yield rows, call, hidden_states.to(self.model.device)
-            done = rows.stop
+        return layer_calls(self.model, number, self.calibration.batches, self._inputs(number))
 
     def _holding(self, index: int) -> int:
         """The decoder layer that holds a MoE layer."""
@@ -165,6 +159,20 @@ class CalibrationWalk:
         before = [index for layers in self.model.moe_layers[:number] for index in layers]
         nearest = max(before, default=-1) + 1  # the MoE layer that comes next, which follows those before
         return fingerprint([self.calibration.key(nearest), number])
+
+
+def layer_calls(
+    model: LayerwiseModel, number: int, batches: Iterable[Tensor], inputs: StateFile
+) -> Iterator[tuple[slice, LayerCall, Tensor]]:
+    """What a decoder layer is called with for batches of token ids [B, L]: which sequences these are of all, the call,
+    and the layer's inputs [B, L, H]; the first layer's are the embedding's, the others' lie in a file."""
+    done = 0
+    for input_ids in batches:
+        rows = slice(done, done + len(input_ids))
+        call = model.call(number, input_ids)
+        hidden_states = inputs.read(rows.start, rows.stop) if number else call.hidden_states
+        yield rows, call, hidden_states.to(model.device)
+        done = rows.stop
 
 
 def put_experts(module: nn.Module, experts: ExpertsModule, parameters: Parameters) -> None:
