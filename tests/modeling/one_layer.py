@@ -18,7 +18,7 @@ from moe_compress.modeling.find import describe_experts, to_native
 
 EXPERTS, HIDDEN, INTERMEDIATE = 5, 12, 6
 KINDS = ("gated", "gpt_oss", "no_gate", "transposed")
-PATHS = ("grouped", "by row")
+PATHS = ("grouped", "batched", "by row")
 
 
 def original(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -31,13 +31,14 @@ from tests.modeling.one_layer import (
 
 @pytest.fixture(params=PATHS)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways through the factors; by row, that is by bags without a gradient and by gathering with one."""
+    """The ways through the factors; by row, that is by bags without a gradient and by gathering with one."""
     force(request.param, monkeypatch)
     return request.param
 
 
 def force(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experts, "by_row", lambda *_: path == "by row")
+    monkeypatch.setattr(experts, "rows_per_gemm", lambda *_: 2 if path == "batched" else 0)
     if path == "by row":
         monkeypatch.setattr(expert_mm, "grouped_mm", lambda *_: pytest.fail("grouped_mm was used"))
 
@@ -229,7 +230,7 @@ def test_the_forward_pass_never_waits_for_the_device() -> None:
         replacement = SharedCoreExperts(module, layout, parameterization)  # type: ignore[arg-type]
         hidden = torch.empty(7, HIDDEN, dtype=torch.bfloat16, device="meta", requires_grad=True)
         index = torch.empty(7, 2, dtype=torch.long, device="meta")
-        for path in PATHS:
+        for path in ("grouped", "by row"):
             with pytest.MonkeyPatch.context() as monkeypatch:
                 force(path, monkeypatch)
                 out = replacement(hidden, index, torch.empty(7, 2, dtype=torch.bfloat16, device="meta"))
@@ -263,14 +264,16 @@ def test_the_core_multiplies_each_token_once() -> None:
     assert core_flops(1) == core_flops(EXPERTS) == 2 * 4 * cores
 
 
-def test_few_rows_are_multiplied_one_by_one() -> None:
+def test_few_rows_are_multiplied_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.zeros(4, 16, 8)
+    # A GEMM per expert: the larger the matrices, the fewer. A batched one: up to two for each expert.
+    sizes = [torch.zeros(8, 1, 1).expand(-1, side, side) for side in (16, 512, 1024, 4096)]
     with torch.no_grad():
         assert expert_mm.by_row(4, weight) and not expert_mm.by_row(400, weight)
-        # The larger the matrices, the fewer.
-        sizes = [torch.zeros(8, 1, 1).expand(-1, side, side) for side in (16, 512, 1024, 4096)]
-        most = [max(rows for rows in range(40) if expert_mm.by_row(8 * rows, size)) for size in sizes]
-        assert most == [32, 16, 8, 2]
+        for batched, expected in ((0, [32, 16, 8, 2]), (16, [2, 2, 2, 2])):
+            monkeypatch.setattr(expert_mm, "rows_per_gemm", lambda *_, batched=batched: batched)
+            most = [max(rows for rows in range(40) if expert_mm.by_row(8 * rows, size)) for size in sizes]
+            assert most == expected
     assert not expert_mm.by_row(4, weight)  # with a gradient, on a CPU
     assert expert_mm.by_row(4, weight.to("meta"))
     assert not expert_mm.by_row(2**20, weight.to("meta"))

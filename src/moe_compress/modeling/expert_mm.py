@@ -1,6 +1,8 @@
-"""Rows times the matrices of their own experts: the product that the low-rank part is made of, in three ways.
+"""Rows times the matrices of their own experts: the product that the low-rank part is made of, in four ways.
 
-* `grouped`: a GEMM per expert over its sorted rows; for many rows, and for training.
+* `batched`, on a CPU: one batched GEMM over as many rows of every expert; each thread has whole experts, where a GEMM
+  per expert is split among the threads, which wait for each other each time.
+* `grouped`: a GEMM per expert over its sorted rows; on a GPU, in compiled graphs, and for the rows that are left.
 * `bagged`, on a CPU: each output is a sum of rows of the expert's matrix, weighted by the input, which is what
   `embedding_bag` computes: it reads the matrices of the chosen experts where they lie, at several times the speed of
   a GEMM of one row in 16-bit types, and leaves the other experts alone.
@@ -21,15 +23,18 @@ from moe_compress.modeling import onednn
 from moe_compress.modeling.grouped_mm import grouped_mm
 from moe_compress.modeling.routing import Routing
 
-# Bags beat a GEMM per expert up to so many rows per expert, and up to so much of their square times the values of a
-# matrix: each row costs a bag its whole matrix; what a GEMM costs anyway is little beside a large one (measured, see
-# docs/SPEED.md).
-_BAGGED_ROWS_PER_EXPERT = 32
+# Bags beat a batched GEMM up to so many rows per expert; a GEMM per expert up to so many, and up to so much of their
+# square times the values of a matrix: each row costs a bag its whole matrix, if only the first from memory; what a GEMM
+# costs anyway is little beside a large one (measured, see docs/SPEED.md).
+_BAGGED_ROWS_PER_EXPERT = {"batched": 2, "grouped": 32}
 _BAGGED_WORK = 2**26
 # Values copied by gathering, up to which the copy hides behind the launches of the sort and a dozen small kernels.
 _GATHERED_VALUES = 2**24
 # Off unless asked for: the kernel has not been run on a GPU yet.
 _TRITON = os.environ.get("MOE_COMPRESS_TRITON") == "1" and find_spec("triton") is not None
+# Rows of a batched GEMM that take as long as beginning a GEMM of one expert (measured with AMX and in fp32, Intel).
+_ROWS_PER_GEMM = {"amx": 128, "16-bit": 64, "other": 16}
+_AMX = bool(torch.cpu.get_capabilities().get("amx_tile"))
 
 
 def by_row(rows: int, weight: Tensor) -> bool:
@@ -38,30 +43,53 @@ def by_row(rows: int, weight: Tensor) -> bool:
     if weight.device.type == "cpu":
         if torch.is_grad_enabled():  # the gradient of a bag is slow
             return False
-        return rows <= _BAGGED_ROWS_PER_EXPERT * experts and rows**2 * values <= _BAGGED_WORK * experts**2
+        if rows_per_gemm(rows, [weight]):
+            return rows <= _BAGGED_ROWS_PER_EXPERT["batched"] * experts
+        return rows <= _BAGGED_ROWS_PER_EXPERT["grouped"] * experts and rows**2 * values <= _BAGGED_WORK * experts**2
     return rows * values <= _GATHERED_VALUES
 
 
-def row_rounding(rows: int, sides: Sequence[Tensor]) -> int:
-    """To what the number of rows of each expert is rounded up, for grouped GEMMs without gradient with `sides`.
+def row_rounding(rows: int, sides: Sequence[Tensor], *, batched: bool) -> int:
+    """To what the number of rows of each expert is rounded up, for GEMMs with `sides`.
 
     On a CPU oneDNN compiles a kernel for each number of rows, in half a millisecond and half a megabyte, and keeps 1024
     of them. Experts see another number each time, and layers whose ranks differ have kernels of their own; with a few
-    numbers of rows all of a model's kernels are kept. Some 6 % more rows are multiplied.
+    numbers of rows all of a model's kernels are kept. Some 6 % more rows are multiplied. With AMX, which multiplies
+    tiles of 16 rows, numbers other than a few tiles or an even number of them take oneDNN up to three times as long.
 
     Args:
         rows: of all experts together.
         sides: [E, in, out] each, what the rows are multiplied with.
+        batched: whether a batched GEMM takes rows, see `rows_per_gemm`.
     """
     experts = sides[0].shape[0]
+    if not batched and torch.is_grad_enabled():  # the rows that fill up are not for gradients
+        return 1
     if not any(_by_onednn(rows // experts, side) for side in sides):
         return 1
+    if batched and _AMX:
+        return 32 if rows >= 12 * experts else 16
     return max(8, 2 ** ((rows // experts // 8).bit_length() - 1)) if rows >= 8 * experts else 8
+
+
+def rows_per_gemm(rows: int, sides: Sequence[Tensor]) -> int:
+    """What beginning a GEMM costs, in rows of a batched one that takes rows as far as their numbers are alike; or 0.
+
+    How far is decided by the numbers, so not where reading them would wait for a device or break a graph. In fp32 not
+    for gradients, of which batched GEMMs take longer, nor where oneDNN, which has none, is faster expert by expert.
+    """
+    if sides[0].device.type != "cpu" or torch.compiler.is_compiling():
+        return 0
+    if sides[0].dtype in (torch.bfloat16, torch.float16):
+        return _ROWS_PER_GEMM["amx" if _AMX else "16-bit"]
+    if torch.is_grad_enabled() or any(onednn.takes(rows // side.shape[0], side) for side in sides):
+        return 0
+    return _ROWS_PER_GEMM["other"]
 
 
 def _by_onednn(rows: int, side: Tensor) -> bool:
     if side.dtype in (torch.bfloat16, torch.float16):
-        return side.device.type == "cpu" and not torch.is_grad_enabled()
+        return side.device.type == "cpu"
     return onednn.takes(rows, side)
 
 
@@ -76,10 +104,7 @@ def expert_mm(rows: Tensor, weight: Tensor, routing: Routing) -> Tensor:
         [S, out].
     """
     if not routing.by_row:
-        # Only rounded numbers of rows: oneDNN compiles a kernel for each.
-        if routing.rounded and onednn.takes(rows.shape[0] // weight.shape[0], weight):
-            return onednn.grouped_linear(rows, weight, routing.offsets)
-        return grouped_mm(rows, weight, routing.offsets)
+        return _sorted(rows, weight, routing)
     if _uses_triton(rows):
         from moe_compress.modeling.triton_mm import row_mm
 
@@ -109,6 +134,28 @@ def out_side(inner: Tensor, delta_out: Tensor, routing: Routing, *, scale: Tenso
     else:  # in place: no buffers to fill
         inner = (inner if scale is None else inner.mul_(scale)).masked_fill_(routing.padding, 0.0)
     return expert_mm(inner, delta_out, routing)
+
+
+def _sorted(rows: Tensor, weight: Tensor, routing: Routing) -> Tensor:
+    experts, capacity = weight.shape[0], routing.capacity
+    if not capacity:
+        return _grouped(rows, weight, routing)
+    front, rest = rows[: experts * capacity].view(experts, capacity, -1), rows[experts * capacity :]
+    if not len(rest):
+        return torch.bmm(front, weight).flatten(0, 1)
+    if torch.is_grad_enabled():
+        return torch.cat([torch.bmm(front, weight).flatten(0, 1), _grouped(rest, weight, routing)])
+    out = rows.new_empty(len(rows), weight.shape[2])
+    torch.bmm(front, weight, out=out[: len(rows) - len(rest)].view(experts, capacity, -1))
+    out[len(rows) - len(rest) :] = _grouped(rest, weight, routing)
+    return out
+
+
+def _grouped(rows: Tensor, weight: Tensor, routing: Routing) -> Tensor:
+    # Only rounded numbers of rows: oneDNN compiles a kernel for each.
+    if routing.rounded and onednn.takes(rows.shape[0] // weight.shape[0], weight):
+        return onednn.grouped_linear(rows, weight, routing.offsets)
+    return grouped_mm(rows, weight, routing.offsets)
 
 
 def _uses_triton(rows: Tensor) -> bool:

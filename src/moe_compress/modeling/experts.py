@@ -23,7 +23,7 @@ from moe_compress.errors import UserError
 from moe_compress.factorization.budget import Form
 from moe_compress.factorization.factors import DeltaFactors, Factors, WrapperFactors
 from moe_compress.modeling.cores import collect_products, spread_products
-from moe_compress.modeling.expert_mm import by_row, expert_mm, out_side, row_rounding
+from moe_compress.modeling.expert_mm import by_row, expert_mm, out_side, row_rounding, rows_per_gemm
 from moe_compress.modeling.find import describe_experts, up_projection
 from moe_compress.modeling.onednn import linear
 from moe_compress.modeling.recompute import recomputed
@@ -206,9 +206,17 @@ class SharedCoreExperts(nn.Module):
         dtype = _compute_dtype(hidden_states.device.type, up.delta_in.dtype)
         up, down = cast_factors(up, dtype), cast_factors(down, dtype)
         sides = (up.delta_in, up.delta_out, down.delta_in, down.delta_out)
-        few = all(by_row(top_k_index.numel(), side) for side in sides)
-        rounding = 1 if few else row_rounding(top_k_index.numel(), sides)
-        routing = Routing(top_k_index, top_k_weights, self.num_experts, by_row=few, round_to=rounding)
+        rows = top_k_index.numel()
+        few = all(by_row(rows, side) for side in sides)
+        per_gemm = 0 if few else rows_per_gemm(rows, sides)
+        routing = Routing(
+            top_k_index,
+            top_k_weights,
+            self.num_experts,
+            by_row=few,
+            round_to=1 if few else row_rounding(rows, sides, batched=per_gemm > 0),
+            rows_per_gemm=per_gemm,
+        )
 
         # A token without any expert may hold anything, even NaN; it must not reach the core, nor its gradient.
         tokens = hidden_states.to(dtype).masked_fill(routing.padded.all(dim=1, keepdim=True), 0.0)

@@ -1,8 +1,8 @@
 """fp32 products on a CPU by oneDNN, which PyTorch carries for 16-bit types but does not use for fp32.
 
 PyTorch gives fp32 GEMMs to MKL, which leaves AVX-512 unused on the CPUs of other makers than its own: oneDNN was twice
-as fast there on two cores (docs/SPEED.md). Without gradient and outside compiled graphs only: the operation has no
-formula for the first, and Inductor makes its own choice for the second.
+as fast there on two cores, and half as fast on Intel's (docs/SPEED.md). Without gradient and outside compiled graphs
+only: the operation has no formula for the first, and Inductor makes its own choice for the second.
 """
 
 from __future__ import annotations
@@ -11,7 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_FASTER = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+_FASTER = (
+    torch.backends.mkldnn.is_available()
+    and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    and "Intel" not in str(torch.cpu.get_capabilities().get("cpu_name"))
+)
 # Multiply-adds of one product from which its speed makes up for calling it from Python (measured on two cores).
 _WORTH_A_CALL = 2**21
 

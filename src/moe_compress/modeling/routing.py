@@ -1,16 +1,21 @@
 """Where each token goes: rows of (token, chosen expert) pairs, and the two ways between tokens and rows.
 
 A *row* is one (token, chosen expert) pair; S = T * k rows. They lie in the order of the tokens, or sorted by expert,
-once, for both projections. Nothing here waits for the device.
+once, for both projections. Nothing here waits for a device other than the CPU.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_GROUPED_ROW = 1.25  # what a row costs in a GEMM of its expert alone, in rows of a batched one (measured)
 
 
 class Routing:
@@ -23,20 +28,31 @@ class Routing:
         experts: [S] the row's expert, below E also for padding.
         padding: [S, 1] whether the row stands for no expert (index >= E); such rows weigh 0.
         weights: [S, 1] routing weights.
-        offsets: int32 [E], where the rows of each expert end; only of sorted rows.
+        capacity: how many rows of each expert come first, [E, capacity], for a batched GEMM; 0 if not batched.
+        offsets: int32 [E], where the rows of each expert end among those behind them; only of sorted rows.
 
-    Sorted rows may be rounded: every expert then has a multiple of some number of rows. The rows that fill up stand for
-    no expert; there are at most so many that S is known without looking at the index, and the last ones belong to none.
+    Sorted rows may be rounded: every expert then has a multiple of some number of rows, and batched: every expert then
+    has at least `capacity` of them. The rows that fill up stand for no expert. Unless they are batched there are at
+    most so many that S is known without looking at the index, and the last ones belong to none.
     """
 
     offsets: Tensor
+    capacity: int = 0
 
     def __init__(
-        self, index: Tensor, weights: Tensor, num_experts: int, *, by_row: bool = False, round_to: int = 1
+        self,
+        index: Tensor,
+        weights: Tensor,
+        num_experts: int,
+        *,
+        by_row: bool = False,
+        round_to: int = 1,
+        rows_per_gemm: int = 0,
     ) -> None:
         """`index` and `weights` are [T, k]; an index of `num_experts` or more is padding.
 
-        Rounded rows are not for gradients: nothing is known of what the rows that fill up hold.
+        Rows are batched if `rows_per_gemm` is given: how many rows of a batched GEMM cost as much as beginning another.
+        Rows that are rounded but not batched are not for gradients: nothing is known of what the last ones hold.
         """
         self.num_tokens, self.top_k = index.shape
         self.num_experts = num_experts
@@ -53,9 +69,9 @@ class Routing:
             self.experts = self.index.flatten()
             self.padding, self.weights = self.padded.reshape(-1, 1), self.index_weights.reshape(-1, 1)
         else:
-            self._sort(round_to)
+            self._sort(round_to, rows_per_gemm)
 
-    def _sort(self, round_to: int) -> None:
+    def _sort(self, round_to: int, rows_per_gemm: int) -> None:
         self.experts, order = self.index.flatten().sort(stable=True)
         boundaries = torch.arange(self.num_experts, device=order.device)
         # Rows of experts up to e: unlike bincount this needs no maximum from the device.
@@ -65,11 +81,19 @@ class Routing:
         self.padding = self.padded.flatten()[order, None]
         self.weights = self.index_weights.flatten()[order, None]
         self.offsets = ends
-        if round_to > 1:
+        if round_to > 1 or rows_per_gemm:
             counts = ends.diff(prepend=ends.new_zeros(1))
-            self.offsets = ((counts + round_to - 1) // round_to * round_to).cumsum(0, dtype=torch.int32)
-            places = places + (self.offsets - ends).roll(1).index_fill(0, boundaries[:1], 0)[self.experts]
+            if rows_per_gemm:
+                self.capacity = best_capacity(counts.tolist(), round_to, rows_per_gemm)
+            front = self.num_experts * self.capacity
+            behind = ((counts - self.capacity).clamp(min=0) + round_to - 1) // round_to * round_to
+            self.offsets = behind.cumsum(0, dtype=torch.int32)
+            number = places - (ends - counts)[self.experts]  # of a row among those of its expert
+            fitting, fewer = boundaries * self.capacity, self.offsets - behind + front - self.capacity
+            places = number + torch.where(number < self.capacity, fitting[self.experts], fewer[self.experts])
             size = order.numel() + (round_to - 1) * min(self.num_experts, order.numel())
+            if rows_per_gemm:
+                size = front + int(self.offsets[-1])
             self.tokens, self.experts = (
                 values.new_zeros(size).scatter_(0, places, values) for values in (self.tokens, self.experts)
             )
@@ -99,6 +123,29 @@ class Routing:
         """The routing weights as a matrix [T, E], zero where a token does not go."""
         zeros = self.index_weights.new_zeros(self.num_tokens, self.num_experts)
         return zeros.scatter_add(1, self.index, self.index_weights)
+
+
+def best_capacity(counts: Sequence[int], multiple: int, rows_per_gemm: int) -> int:
+    """How many rows of each expert a batched GEMM should take, so that it and a GEMM for each of the rest are fastest.
+
+    Args:
+        counts: rows of each expert.
+        multiple: what the rows of an expert are rounded up to.
+        rows_per_gemm: what beginning a GEMM costs, in rows of the batched one.
+
+    Returns:
+        A multiple of `multiple`; 0 if a GEMM per expert is best for all.
+    """
+    ascending = sorted(counts)
+    sums = [0, *accumulate(ascending)]
+
+    def cost(capacity: int) -> float:
+        fitting = bisect_right(ascending, capacity)
+        larger = len(ascending) - fitting
+        behind = sums[-1] - sums[fitting] - larger * capacity
+        return len(ascending) * capacity + larger * rows_per_gemm + behind * _GROUPED_ROW
+
+    return min(sorted({0, *(-(-count // multiple) * multiple for count in ascending)}), key=cost)
 
 
 def _collect(rows: Tensor, weights: Tensor | None, inverse: Tensor | None, top_k: int) -> Tensor:
