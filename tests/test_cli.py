@@ -154,7 +154,7 @@ def test_plan_and_bench_take_settings_of_a_run(recorder: Recorder, monkeypatch: 
     seen: list[Config] = []
     monkeypatch.setitem(sys.modules, "moe_compress.compression", SimpleNamespace(plan=seen.append))
     monkeypatch.setitem(
-        sys.modules, "moe_compress.evaluation", SimpleNamespace(bench=lambda config, output: seen.append(config))
+        sys.modules, "moe_compress.evaluation", SimpleNamespace(bench_model=lambda config, output: seen.append(config))
     )
     assert main(["compress", "run=r", "compression.iterations=3"]) == 0
     assert main(["plan", "run=r", "compression.target_ratio=0.4"]) == 0

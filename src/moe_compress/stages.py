@@ -75,7 +75,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             "watch",
             "evaluate checkpoints as the distillation writes them",
-            "moe_compress.evaluation:watch",
+            "moe_compress.evaluation:watch_run",
             (*_TOP, *_EVALUATION),
         ),
         Stage(

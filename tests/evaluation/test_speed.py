@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
 from transformers import OlmoeConfig
 
+from moe_compress.cli import main
 from moe_compress.config import Config
 from moe_compress.errors import UserError
 from moe_compress.evaluation import bench as bench_module
 from moe_compress.evaluation import model_speed as model_module
 from moe_compress.evaluation import speed as speed_module
 from moe_compress.evaluation import timing
-from moe_compress.evaluation.bench import bench, bench_layers
+from moe_compress.evaluation.bench import bench_layers, bench_model
 from moe_compress.evaluation.layer_forms import random_layer
 from moe_compress.evaluation.memory import allocated_by
 from moe_compress.evaluation.model_speed import model_speed
@@ -257,7 +259,7 @@ def test_bench_prints_writes_and_returns_tables(config, student_dir, tmp_path, c
     config.compression.rank, config.compression.cores = 4, 1
     if compressed:
         config.distillation.teacher.model_path, config.model.name = config.model.name, str(student_dir)
-    found = bench(config, tmp_path / "speed")
+    found = bench_model(config, tmp_path / "speed")
     assert json.loads((tmp_path / "speed/speed.json").read_text()) == json.loads(json.dumps(found))
     assert "| moe-compress |" in (tmp_path / "speed/speed.md").read_text()
     assert found["layers"][0]["layouts"][OURS]["down_proj"]["delta_rank"] == 8
@@ -273,7 +275,16 @@ def test_bench_of_a_compressed_model_finds_the_teacher_in_its_run(make_run):
     assert bench_module._teacher_of(run.path / "checkpoints" / "checkpoint-9") == run.config.model.name
 
 
+def test_the_command_runs(tmp_path, capsys, monkeypatch):
+    make_model().save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(bench_module, "measure_rates", lambda *_: Rates(1e9, 1e9))
+    monkeypatch.setattr(bench_module, "layer_speed", partial(layer_speed, seconds=0))
+    monkeypatch.setattr(bench_module, "_whole_models", lambda *_, **__: None)
+    assert main(["bench", str(tmp_path / "model"), "compression.rank=4"]) == 0
+    assert "grouped_mm" in capsys.readouterr().out
+
+
 def test_bench_refusals(config, tmp_path):
     config.model.name = str(tmp_path)
     with pytest.raises(UserError, match="no configuration"):
-        bench(config)
+        bench_model(config)

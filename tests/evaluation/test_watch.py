@@ -17,7 +17,7 @@ import pytest
 from moe_compress.config import DatasetConfig
 from moe_compress.errors import UserError
 from moe_compress.evaluation.results import read_results
-from moe_compress.evaluation.watch import device_groups, watch
+from moe_compress.evaluation.watch import device_groups, watch_run
 from moe_compress.freeze import store
 from moe_compress.run import Run
 
@@ -161,7 +161,7 @@ def test_what_a_worker_finds_wrong_is_one_line_of_the_watcher(make_run, monkeypa
     run.config.evaluation.perplexity.name = "/nowhere.txt"
     monkeypatch.setenv("PYTHONPATH", str(SOURCE), prepend=os.pathsep)
     with pytest.raises(UserError, match="/nowhere.txt"):
-        watch(run, once=True)
+        watch_run(run, once=True)
     assert not (run.evals_dir / "watchers").exists()
 
 
@@ -189,9 +189,9 @@ def test_several_gpus_for_one_model(config, monkeypatch):
 
 def test_refusals_before_anything_is_started(make_run, tmp_path, config):
     with pytest.raises(UserError, match="no checkpoint to evaluate"):
-        watch(Run.create(tmp_path / "empty", config), once=True)
+        watch_run(Run.create(tmp_path / "empty", config), once=True)
     run = make_run(0)
     run.config.evaluation.tasks = {"stdlib_next_lime": 0}
     with pytest.raises(UserError, match="nearest names are: stdlib_next_line"):
-        watch(run)
+        watch_run(run)
     assert not list(run.logs_dir.glob("*"))

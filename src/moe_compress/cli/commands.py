@@ -174,9 +174,9 @@ def _bench(options: argparse.Namespace) -> None:
     _name_model(options)
     config = _composed(options)
     _use_gpus(config)
-    from moe_compress.evaluation import bench
+    from moe_compress.evaluation import bench_model
 
-    bench(config, options.output)
+    bench_model(config, options.output)
 
 
 def _export(options: argparse.Namespace) -> None:

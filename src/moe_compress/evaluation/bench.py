@@ -45,7 +45,7 @@ from moe_compress.modeling.experts import SharedCoreExperts
 from moe_compress.modeling.tensors import form_of, make_layout
 
 
-def bench(config: Config, output: Path | None = None) -> dict[str, Any]:
+def bench_model(config: Config, output: Path | None = None) -> dict[str, Any]:
     """Time `model.name` against its compressed form, print the tables, and return their figures.
 
     An original model is compared with random factors at the ranks of the settings; a compressed checkpoint with the

@@ -38,7 +38,7 @@ _SECONDS_TO_STOP = 20.0
 _MOST_RESTARTS = 3  # in a row, without a result in between
 
 
-def watch(run: Run, once: bool = False) -> None:
+def watch_run(run: Run, once: bool = False) -> None:
     """Evaluate the checkpoints of a run as they appear, each exactly once, and keep `RUN/best` up to date.
 
     One worker process per device (or per `evaluation.gpus_per_model` of `evaluation.devices`). A worker that dies is
