@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_compress.errors import UserError
 from moe_compress.factorization.factors import DeltaFactors, WrapperFactors
-from moe_compress.modeling import expert_mm, experts, grouped_mm
+from moe_compress.modeling import expert_mm, experts, grouped_mm, onednn
 from moe_compress.modeling.experts import SharedCoreExperts
 from tests.modeling.one_layer import (
     EXPERTS,
@@ -266,14 +266,15 @@ def test_the_core_multiplies_each_token_once() -> None:
 
 def test_few_rows_are_multiplied_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.zeros(4, 16, 8)
-    # A GEMM per expert: the larger the matrices, the fewer. A batched one: up to two for each expert.
+    # Where GEMMs of few rows are slow: the larger the matrices, the fewer. Elsewhere: up to two for each expert.
     sizes = [torch.zeros(8, 1, 1).expand(-1, side, side) for side in (16, 512, 1024, 4096)]
     with torch.no_grad():
-        assert expert_mm.by_row(4, weight) and not expert_mm.by_row(400, weight)
-        for batched, expected in ((0, [32, 16, 8, 2]), (16, [2, 2, 2, 2])):
-            monkeypatch.setattr(expert_mm, "rows_per_gemm", lambda *_, batched=batched: batched)
+        for slow, expected in ((True, [32, 16, 8, 2]), (False, [2, 2, 2, 2])):
+            monkeypatch.setattr(onednn, "FASTER", slow)
+            assert expert_mm.by_row(4, weight) and not expert_mm.by_row(400, weight)
             most = [max(rows for rows in range(40) if expert_mm.by_row(8 * rows, size)) for size in sizes]
             assert most == expected
+        assert expert_mm.by_row(8, weight.bfloat16()) and not expert_mm.by_row(9, weight.bfloat16())
     assert not expert_mm.by_row(4, weight)  # with a gradient, on a CPU
     assert expert_mm.by_row(4, weight.to("meta"))
     assert not expert_mm.by_row(2**20, weight.to("meta"))

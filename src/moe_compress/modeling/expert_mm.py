@@ -1,8 +1,8 @@
 """Rows times the matrices of their own experts: the product that the low-rank part is made of, in four ways.
 
-* `batched`, on a CPU: one batched GEMM over as many rows of every expert; each thread has whole experts, where a GEMM
-  per expert is split among the threads, which wait for each other each time.
-* `grouped`: a GEMM per expert over its sorted rows; on a GPU, in compiled graphs, and for the rows that are left.
+* `batched`, on a CPU in 16-bit types: one batched GEMM over as many rows of every expert; each thread has whole experts,
+  where a GEMM per expert is split among the threads, which wait for each other each time.
+* `grouped`: a GEMM per expert over its sorted rows; elsewhere, and for the rows that are left.
 * `bagged`, on a CPU: each output is a sum of rows of the expert's matrix, weighted by the input, which is what
   `embedding_bag` computes: it reads the matrices of the chosen experts where they lie, at several times the speed of
   a GEMM of one row in 16-bit types, and leaves the other experts alone.
@@ -23,17 +23,18 @@ from moe_compress.modeling import onednn
 from moe_compress.modeling.grouped_mm import grouped_mm
 from moe_compress.modeling.routing import Routing
 
-# Bags beat a batched GEMM up to so many rows per expert; a GEMM per expert up to so many, and up to so much of their
-# square times the values of a matrix: each row costs a bag its whole matrix, if only the first from memory; what a GEMM
-# costs anyway is little beside a large one (measured, see docs/SPEED.md).
-_BAGGED_ROWS_PER_EXPERT = {"batched": 2, "grouped": 32}
+# Bags beat other ways up to so many rows per expert; where GEMMs of few rows are slow up to so many, and up to so much
+# of their square times the values of a matrix: each row costs a bag its whole matrix, if only the first from memory;
+# what a GEMM costs anyway is little beside a large one (measured, see docs/SPEED.md).
+_BAGGED_ROWS_PER_EXPERT = {"fast": 2, "slow": 32}
 _BAGGED_WORK = 2**26
 # Values copied by gathering, up to which the copy hides behind the launches of the sort and a dozen small kernels.
 _GATHERED_VALUES = 2**24
 # Off unless asked for: the kernel has not been run on a GPU yet.
 _TRITON = os.environ.get("MOE_COMPRESS_TRITON") == "1" and find_spec("triton") is not None
-# Rows of a batched GEMM that take as long as beginning a GEMM of one expert (measured with AMX and in fp32, Intel).
-_ROWS_PER_GEMM = {"amx": 128, "16-bit": 64, "other": 16}
+# Rows of a batched GEMM that take as long as beginning a GEMM of one expert, in 16-bit types (measured with AMX).
+_ROWS_PER_GEMM = {"AMX": 192, "other": 64}
+_SHORT = (torch.bfloat16, torch.float16)
 _AMX = bool(torch.cpu.get_capabilities().get("amx_tile"))
 
 
@@ -43,9 +44,9 @@ def by_row(rows: int, weight: Tensor) -> bool:
     if weight.device.type == "cpu":
         if torch.is_grad_enabled():  # the gradient of a bag is slow
             return False
-        if rows_per_gemm(rows, [weight]):
-            return rows <= _BAGGED_ROWS_PER_EXPERT["batched"] * experts
-        return rows <= _BAGGED_ROWS_PER_EXPERT["grouped"] * experts and rows**2 * values <= _BAGGED_WORK * experts**2
+        if _fast_with_few_rows(weight):
+            return rows <= _BAGGED_ROWS_PER_EXPERT["fast"] * experts
+        return rows <= _BAGGED_ROWS_PER_EXPERT["slow"] * experts and rows**2 * values <= _BAGGED_WORK * experts**2
     return rows * values <= _GATHERED_VALUES
 
 
@@ -72,23 +73,25 @@ def row_rounding(rows: int, sides: Sequence[Tensor], *, batched: bool) -> int:
     return max(8, 2 ** ((rows // experts // 8).bit_length() - 1)) if rows >= 8 * experts else 8
 
 
-def rows_per_gemm(rows: int, sides: Sequence[Tensor]) -> int:
+def rows_per_gemm(weight: Tensor) -> int:
     """What beginning a GEMM costs, in rows of a batched one that takes rows as far as their numbers are alike; or 0.
 
-    How far is decided by the numbers, so not where reading them would wait for a device or break a graph. In fp32 not
-    for gradients, of which batched GEMMs take longer, nor where oneDNN, which has none, is faster expert by expert.
+    How far is decided by the numbers, so not where reading them would wait for a device or break a graph. In fp32 MKL's
+    batched GEMM is not faster than one per expert, for gradients slower, and oneDNN has none.
     """
-    if sides[0].device.type != "cpu" or torch.compiler.is_compiling():
+    if weight.device.type != "cpu" or weight.dtype not in _SHORT or torch.compiler.is_compiling():
         return 0
-    if sides[0].dtype in (torch.bfloat16, torch.float16):
-        return _ROWS_PER_GEMM["amx" if _AMX else "16-bit"]
-    if torch.is_grad_enabled() or any(onednn.takes(rows // side.shape[0], side) for side in sides):
-        return 0
-    return _ROWS_PER_GEMM["other"]
+    return _ROWS_PER_GEMM["AMX" if _AMX else "other"]
+
+
+def _fast_with_few_rows(weight: Tensor) -> bool:
+    """Whether GEMMs of few rows are fast: batched ones, and those of MKL on the CPUs of its maker."""
+    of_mkl = weight.dtype == torch.float32 and not onednn.FASTER and not torch.compiler.is_compiling()
+    return of_mkl or rows_per_gemm(weight) > 0
 
 
 def _by_onednn(rows: int, side: Tensor) -> bool:
-    if side.dtype in (torch.bfloat16, torch.float16):
+    if side.dtype in _SHORT:
         return side.device.type == "cpu"
     return onednn.takes(rows, side)
 

@@ -208,7 +208,7 @@ class SharedCoreExperts(nn.Module):
         sides = (up.delta_in, up.delta_out, down.delta_in, down.delta_out)
         rows = top_k_index.numel()
         few = all(by_row(rows, side) for side in sides)
-        per_gemm = 0 if few else rows_per_gemm(rows, sides)
+        per_gemm = 0 if few else rows_per_gemm(up.delta_in)
         routing = Routing(
             top_k_index,
             top_k_weights,

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_FASTER = (
+# On this CPU.
+FASTER = (
     torch.backends.mkldnn.is_available()
     and torch.backends.cpu.get_cpu_capability() == "AVX512"
     and "Intel" not in str(torch.cpu.get_capabilities().get("cpu_name"))
@@ -24,7 +25,7 @@ def takes(rows: int, weight: Tensor) -> bool:
     """Whether products of `rows` rows with a matrix of the last two dimensions of `weight` are oneDNN's to make."""
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or torch.is_grad_enabled():
         return False
-    if not _FASTER or torch.compiler.is_compiling():
+    if not FASTER or torch.compiler.is_compiling():
         return False
     return rows * weight.shape[-2] * weight.shape[-1] >= _WORTH_A_CALL
 

@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_GROUPED_ROW = 1.25  # what a row costs in a GEMM of its expert alone, in rows of a batched one (measured)
-
 
 class Routing:
     """Where each row goes.
@@ -139,11 +137,11 @@ def best_capacity(counts: Sequence[int], multiple: int, rows_per_gemm: int) -> i
     ascending = sorted(counts)
     sums = [0, *accumulate(ascending)]
 
-    def cost(capacity: int) -> float:
+    def cost(capacity: int) -> int:
         fitting = bisect_right(ascending, capacity)
         larger = len(ascending) - fitting
         behind = sums[-1] - sums[fitting] - larger * capacity
-        return len(ascending) * capacity + larger * rows_per_gemm + behind * _GROUPED_ROW
+        return len(ascending) * capacity + larger * rows_per_gemm + behind
 
     return min(sorted({0, *(-(-count // multiple) * multiple for count in ascending)}), key=cost)
 
