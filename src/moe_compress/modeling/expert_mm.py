@@ -1,7 +1,7 @@
 """Rows times the matrices of their own experts: the product that the low-rank part is made of, in four ways.
 
-* `batched`, on a CPU in 16-bit types: one batched GEMM over as many rows of every expert; each thread has whole experts,
-  where a GEMM per expert is split among the threads, which wait for each other each time.
+* `batched`, on a CPU in 16-bit types: one batched GEMM over as many rows of every expert; each thread has whole
+  experts, where a GEMM per expert is split among the threads, which wait for each other each time.
 * `grouped`: a GEMM per expert over its sorted rows; elsewhere, and for the rows that are left.
 * `bagged`, on a CPU: each output is a sum of rows of the expert's matrix, weighted by the input, which is what
   `embedding_bag` computes: it reads the matrices of the chosen experts where they lie, at several times the speed of
