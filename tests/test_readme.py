@@ -1,4 +1,4 @@
-"""What README promises exists: commands, settings, presets, scripts and links."""
+"""What README and the documentation promise exists: commands, settings, presets, scripts and links."""
 
 import re
 import shlex
@@ -11,19 +11,25 @@ from moe_compress.cli.commands import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-SHELL = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
-CALLS = [line for line in SHELL.splitlines() if line.startswith("moe-compress ")]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Commands in blocks of code, fenced or indented, with the lines that they are continued on.
+CALLS = [
+    (page.name, line.replace("\\\n", " "))
+    for page in PAGES
+    for line in re.findall(r"^(?: {4})?(moe-compress (?:[^\n]*\\\n)*[^\n]+)", page.read_text(), re.MULTILINE)
+]
 
 
 def test_there_are_commands_to_check():
-    assert len(CALLS) >= 6
+    assert len(CALLS) >= 20 and len({page for page, _ in CALLS}) >= 5
 
 
-@pytest.mark.parametrize("line", CALLS)
-def test_a_command_of_the_readme_is_accepted(line):
+@pytest.mark.parametrize(("page", "line"), CALLS)
+def test_a_documented_command_is_accepted(page, line):
     command, *arguments = shlex.split(line, comments=True)[1:]
     assert command in COMMANDS
-    settings.compose([argument for argument in arguments if "=" in argument])
+    values = [argument for argument in arguments if re.match(r"[a-z_.+~]+=", argument)]
+    settings.compose([value for value in values if not value.startswith("run=")])
 
 
 def test_every_command_in_the_table_exists():
