@@ -81,7 +81,8 @@ def test_every_projection_keeps_the_same_share(shapes, ratio, cores):
         most = largest_rank(shapes[name], form=Form(cores), parameterization="delta")
         assert rank >= min(math.floor(exact * (1 - 1e-12)), most)
     if len(shapes) == 1:
-        assert rank == min(math.floor(exact * (1 + 1e-12)), most)
+        # Either side of a whole number where the share is one but for rounding.
+        assert rank in {min(math.floor(exact * (1 + sign * 1e-12)), most) for sign in (-1, 1)}
 
 
 @settings(max_examples=100, deadline=None)
