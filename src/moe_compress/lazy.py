@@ -12,7 +12,8 @@ def lazy_names(package: str, home: Mapping[str, str]) -> Callable[[str], Any]:
 
     Args:
         package: the package's `__name__`.
-        home: public name to the submodule that defines it.
+        home: public name to the submodule that defines it. No name may be that of a submodule, which takes its place in
+            the package as soon as it is imported.
 
     Returns:
         A function that imports the submodule of a name and returns what it means there, and raises AttributeError for

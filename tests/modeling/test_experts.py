@@ -270,7 +270,7 @@ def test_few_rows_are_multiplied_one_by_one(monkeypatch: pytest.MonkeyPatch) -> 
     sizes = [torch.zeros(8, 1, 1).expand(-1, side, side) for side in (16, 512, 1024, 4096)]
     with torch.no_grad():
         for slow, expected in ((True, [32, 16, 8, 2]), (False, [2, 2, 2, 2])):
-            monkeypatch.setattr(onednn, "FASTER", slow)
+            monkeypatch.setattr(onednn, "MKL_AT_HOME", not slow)
             assert expert_mm.by_row(4, weight) and not expert_mm.by_row(400, weight)
             most = [max(rows for rows in range(40) if expert_mm.by_row(8 * rows, size)) for size in sizes]
             assert most == expected

@@ -27,7 +27,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(len(rows))
         return product(rows, weight)
 
-    monkeypatch.setattr(onednn, "FASTER", True)
+    monkeypatch.setattr(onednn, "_FASTER", True)
     monkeypatch.setattr(onednn, "_WORTH_A_CALL", 0)
     monkeypatch.setattr(onednn, "_product", spy)
     return seen
@@ -50,7 +50,7 @@ def test_a_layer_is_the_same(
     with torch.no_grad():
         out = replacement(hidden, index, weights)
         assert len(calls) >= 4 * index[index < EXPERTS].unique().numel()
-        monkeypatch.setattr(onednn, "FASTER", False)
+        monkeypatch.setattr(onednn, "_FASTER", False)
         expected = replacement(hidden, index, weights)  # compared with the original in test_experts.py
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
@@ -86,7 +86,7 @@ def test_numbers_of_rows_that_are_not_rounded_are_not_either(calls: list[int]) -
 
 
 def test_small_products_are_not_worth_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "FASTER", True)
+    monkeypatch.setattr(onednn, "_FASTER", True)
     weight = torch.zeros(64, 1, 1).expand(-1, 128, 128)
     with torch.no_grad():
         assert onednn.takes(128, weight) and not onednn.takes(127, weight)

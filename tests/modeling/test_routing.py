@@ -83,7 +83,7 @@ def test_rows_are_rounded_where_onednn_compiles_for_their_number(monkeypatch: py
     def rounding(rows: int, *sides: Tensor, batched: bool = False) -> int:
         return expert_mm.row_rounding(64 * rows, sides, batched=batched)
 
-    monkeypatch.setattr(onednn, "FASTER", True)
+    monkeypatch.setattr(onednn, "_FASTER", True)
     monkeypatch.setattr(expert_mm, "_AMX", False)
     large = torch.zeros(64, 1, 1).expand(-1, 512, 512)
     with torch.no_grad():
@@ -96,7 +96,7 @@ def test_rows_are_rounded_where_onednn_compiles_for_their_number(monkeypatch: py
     assert rounding(64, side) == 1 and rounding(64, side, batched=True) == 8
     monkeypatch.setattr(expert_mm, "_AMX", True)
     assert [rounding(rows, side, batched=True) for rows in (3, 11, 12, 300)] == [16, 16, 32, 32]
-    monkeypatch.setattr(onednn, "FASTER", False)
+    monkeypatch.setattr(onednn, "_FASTER", False)
     with torch.no_grad():
         assert rounding(64, side) == 8 and rounding(64, side.float(), large) == 1
 

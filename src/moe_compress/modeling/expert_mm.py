@@ -86,7 +86,7 @@ def rows_per_gemm(weight: Tensor) -> int:
 
 def _fast_with_few_rows(weight: Tensor) -> bool:
     """Whether GEMMs of few rows are fast: batched ones, and those of MKL on the CPUs of its maker."""
-    of_mkl = weight.dtype == torch.float32 and not onednn.FASTER and not torch.compiler.is_compiling()
+    of_mkl = weight.dtype == torch.float32 and onednn.MKL_AT_HOME and not torch.compiler.is_compiling()
     return of_mkl or rows_per_gemm(weight) > 0
 
 
@@ -143,14 +143,15 @@ def _sorted(rows: Tensor, weight: Tensor, routing: Routing) -> Tensor:
     experts, capacity = weight.shape[0], routing.capacity
     if not capacity:
         return _grouped(rows, weight, routing)
-    front, rest = rows[: experts * capacity].view(experts, capacity, -1), rows[experts * capacity :]
+    batched = experts * capacity
+    front, rest = rows[:batched].view(experts, capacity, -1), rows[batched:]
     if not len(rest):
         return torch.bmm(front, weight).flatten(0, 1)
     if torch.is_grad_enabled():
         return torch.cat([torch.bmm(front, weight).flatten(0, 1), _grouped(rest, weight, routing)])
-    out = rows.new_empty(len(rows), weight.shape[2])
-    torch.bmm(front, weight, out=out[: len(rows) - len(rest)].view(experts, capacity, -1))
-    out[len(rows) - len(rest) :] = _grouped(rest, weight, routing)
+    out = rows.new_empty(len(rows), weight.shape[2])  # the large part of which is then not copied once more
+    torch.bmm(front, weight, out=out[:batched].view(experts, capacity, -1))
+    out[batched:] = _grouped(rest, weight, routing)
     return out
 
 
