@@ -122,12 +122,13 @@ def _measure(options: argparse.Namespace, console: Console) -> None:
                 _run_method(bench, method, ratio, options)
     settings = {name: method.settings for name, method in _known(bench).items()}
     cells = [cell for cell in bench.cells() if cell["settings"] == settings.get(cell["method"], cell["settings"])]
-    text = markdown(cells)
+    own = [cell for cell in cells if cell["model"] == source.fingerprint]
+    text = markdown(own)
     console.print(text, highlight=False, markup=False, soft_wrap=True)
     if options.markdown:
         write_atomically(options.markdown, text)
     if options.plot:
-        plot(cells, options.plot)
+        plot(own, options.plot)
     if options.docs:
         write_documents(options.docs, source.name, cells)
 

@@ -223,14 +223,10 @@ class Bench:
             )
 
     def cells(self) -> list[dict[str, Any]]:
-        """All cells of this model and protocol (whatever the training)."""
+        """All cells of this protocol (whatever the training), those of other weights of the model too."""
         protocol = asdict(self.protocol)
         protocol.pop("training")
         files = sorted((self.cache / "cells" / self.source.name).glob("*.json"))
         measured = [json.loads(file.read_text()) for file in files]
         found = self._record | {cell_fingerprint(cell): cell for cell in measured}
-        return [
-            cell
-            for cell in found.values()
-            if cell["format"] == FORMAT and cell["model"] == self.source.fingerprint and cell["protocol"] == protocol
-        ]
+        return [cell for cell in found.values() if cell["format"] == FORMAT and cell["protocol"] == protocol]

@@ -73,19 +73,18 @@ def summary(grouped: dict[tuple[bool, float, str], list[Cell]]) -> list[str]:
     return [*lines, ""]
 
 
-def teacher_line(cells: list[Cell]) -> list[str]:
-    """What the original itself reaches, as a paragraph."""
-    lines = []
+def teacher_line(cells: list[Cell]) -> str:
+    """What the original itself reaches; empty where that was not measured."""
     for teacher in (cell for cell in cells if cell["method"] == "teacher"):
         tasks = "".join(f", {task} {value:.2f}" for task, value in sorted(teacher.get("tasks", {}).items()))
-        lines += [f"Teacher: perplexity {teacher['test']['perplexity']:.3f}{tasks}.", ""]
-    return lines
+        return f"Teacher: perplexity {teacher['test']['perplexity']:.3f}{tasks}."
+    return ""
 
 
 def markdown(cells: list[Cell]) -> str:
     """All at a glance; one table for each (zero-shot or distilled, ratio), best KL first; what was not possible."""
     grouped = group(cells)
-    lines = teacher_line(cells)
+    lines = [teacher_line(cells), ""]
     if grouped:
         lines += summary(grouped)
     for distilled, ratio in sorted({key[:2] for key in grouped}, key=lambda key: (key[0], -key[1])):

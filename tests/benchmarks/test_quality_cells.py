@@ -114,7 +114,7 @@ def test_what_is_recorded_is_not_measured_again_and_becomes_the_documents(source
     text = (docs / "QUALITY.md").read_text()
     assert text.startswith("# Before\n") and text.endswith("\nafter\n") and "| svd |" in text and "old" not in text
     assert "50.0% of the expert bytes, distilled" in (docs / "quality" / f"{name}.md").read_text()
-    assert (docs / "quality" / f"{name}.png").stat().st_size > 0
+    assert (docs / "quality" / f"{name}-{cells[0]['model'][:8]}.png").stat().st_size > 0
 
     # Another machine, with an empty cache: nothing is measured, nothing is lost, more is added.
     again = ["run", *common, "--cache", str(tmp_path / "second")]
@@ -126,9 +126,16 @@ def test_what_is_recorded_is_not_measured_again_and_becomes_the_documents(source
     assert main([*again, "--test-rows", "1", "--zero-shot", "--seeds", "1"]) == 0
     assert set(before.splitlines()) < set(record.read_text().splitlines())
 
-    record.write_text(before.replace(cells[0]["model"], "f00d"))
-    assert main([*again, "--zero-shot", "--seeds", "1"]) == 2
-    assert "other weights" in capsys.readouterr().err and "f00d" in record.read_text()
+    # Other weights: their cells stay, and have tables of their own.
+    others = before.replace(cells[0]["model"], "f00d")
+    record.write_text(others)
+    assert main([*again, "--zero-shot", "--seeds", "1"]) == 0
+    assert set(others.splitlines()) < set(record.read_text().splitlines())
+    page, text = (docs / "quality" / f"{name}.md").read_text(), (docs / "QUALITY.md").read_text()
+    assert page.count("## Weights ") == text.count("Weights ") == 2 and "Weights f00d" in text
+    assert page.index("Weights f00d") < page.index(f"Weights {cells[0]['model'][:8]}")  # those with most cells first
+    printed = capsys.readouterr().out
+    assert "zero-shot" in printed and "distilled" not in printed.rpartition("perplexity | 50.0%")[2]
 
 
 def test_the_summary_marks_the_best_of_each_column():
