@@ -4,9 +4,6 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    ?= runs/demo
 
-# glibc gives large freed blocks back to the system at once, and every training step faults them in again.
-export MALLOC_MMAP_THRESHOLD_ ?= 8589934592
-export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 # No hub is needed; do not wait for one.
 export HF_HUB_OFFLINE ?= 1
 

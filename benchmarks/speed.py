@@ -26,6 +26,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, OlmoeConfig
 
+from moe_compress.allocator import keep_freed_memory
 from moe_compress.errors import UserError
 from moe_compress.evaluation.bench import meta_model, time_layer
 from moe_compress.evaluation.layer_forms import FORMS, random_student, same_ratio_layouts
@@ -48,13 +49,9 @@ WORDS = 50304  # of OLMoE
 # Issue 6: what the count of multiply-adds and bytes allows of OLMoE's layer, less a fifth; by share of the bytes.
 BARS = {0.25: 2.3, 0.125: 3.5, 0.0625: 4.6}
 BAR_TOKENS = (1, 16, 512)
-# Read when a process starts. Without the first two, glibc gives buffers back to be faulted in again; without the last,
-# oneDNN forgets bf16 kernels that the many forms of one run need in turn, which a single model does not.
-ENVIRONMENT = {
-    "MALLOC_MMAP_THRESHOLD_": str(2**33),
-    "MALLOC_TRIM_THRESHOLD_": str(2**34),
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "65536",
-}
+# Read when a process starts. Without it oneDNN forgets bf16 kernels that the many forms of one run need in turn, which
+# a single model does not.
+ENVIRONMENT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "65536"}
 BEGIN, END = "<!-- tables of benchmarks/speed.py -->", "<!-- end of tables -->"
 
 
@@ -81,6 +78,7 @@ def main() -> None:
     """Time the parts that the command line selects, or only make the tables of earlier runs again."""
     options = _options()
     console = Console()
+    keep_freed_memory()
     found: dict[str, Any] = {"results": []}
     if options.tables:
         found["results"] = [result for file in options.tables for result in json.loads(file.read_text())["results"]]

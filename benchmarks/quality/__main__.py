@@ -16,6 +16,7 @@ from benchmarks.quality.models import RECIPES, find_model, make_model
 from benchmarks.quality.product import product
 from benchmarks.quality.record import read_record, record_file, write_documents
 from benchmarks.quality.table import markdown, plot
+from moe_compress.allocator import keep_freed_memory
 from moe_compress.errors import UserError
 from moe_compress.files import write_atomically
 
@@ -76,6 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("methods", help="list the methods")
     options = parser.parse_args(arguments)
     console = Console()
+    keep_freed_memory()
     try:
         if options.command == "methods":
             for method_name in (*OURS, *METHODS):

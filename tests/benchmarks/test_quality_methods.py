@@ -141,6 +141,10 @@ def test_mobe_recovers_weights_of_its_own_form():
     found = best_bases(weight, budget, steps=800, lr=3e-2, seed=0)
     assert sum(p.numel() for p in found.parameters()) <= budget
     assert (found() - weight).square().sum() < 0.1 * weight.square().sum()
+    # The paper's square A_e and as many bases as there is room for, where there is room for two.
+    wide = weight[:, :4]
+    found = best_bases(wide, 8 * 4 * 4 + 3 * (8 + 4 * 16), steps=1, lr=3e-2, seed=0)
+    assert found.outer.shape == (8, 4, 4) and found.bases.shape == (3, 4, 16)
 
 
 def test_reap_drops_the_experts_that_add_least(teacher, rows, shared):

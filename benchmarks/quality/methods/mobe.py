@@ -2,9 +2,10 @@
 
 f is SiLU, a_e a softmax, the weights are standardized (z-score) before the fit; their mean is dropped and their
 deviation goes into A_e. Fitted by Adam on the squared error of the weights, as in the paper. Differences: the paper
-leaves `down_proj` as it is and takes A_e square, which alone is more than the small budgets here, so that `down_proj`
-gets the same form (transposed, so that the inner side is the neurons' as for gate and up) and the inner size r is
-chosen: of several pairs (m bases, r) that fit the budget, the one with the least error after a tenth of the steps.
+leaves `down_proj` as it is, which gets the same form here (transposed, so that the inner side is the neurons' as for
+gate and up), and takes A_e square: so here, with as many bases as the budget has room for. Where square A_e alone are
+more than the budget the inner size r is chosen: of several pairs (m bases, r) that fit, the one with the least error
+after a tenth of the steps.
 """
 
 from __future__ import annotations
@@ -58,13 +59,15 @@ def fit_bases(weight: Tensor, bases: int, inner: int, steps: int, lr: float, see
 
 def best_bases(weight: Tensor, budget: int, steps: int, lr: float, seed: int) -> Bases:
     """The form of the pair (m, r) that fits best within the budget of values."""
-    shape = (weight.shape[0], weight.shape[1], weight.shape[2])
-    pairs = [(m, inner_size(shape, m, budget)) for m in _BASES if m < shape[0]]
-    pairs = [(m, r) for m, r in pairs if r >= 1]
+    shape = experts, p, q = (weight.shape[0], weight.shape[1], weight.shape[2])
+    square = (budget - experts * p * p) // (experts + p * q)  # bases that there is room for beside square A_e
+    pairs = [(m, inner_size(shape, m, budget)) for m in ((min(square, experts - 1),) if square > 1 else _BASES)]
+    pairs = [(m, r) for m, r in pairs if r >= 1 and m < experts]
     if not pairs:
         raise ValueError(f"{budget} values are too few for any number of bases of {shape}")
-    trials = {pair: fit_bases(weight, *pair, max(1, steps // 10), lr, seed)[1] for pair in pairs}
-    return fit_bases(weight, *min(trials, key=trials.__getitem__), steps, lr, seed)[0]
+    if len(pairs) > 1:
+        pairs.sort(key=lambda pair: fit_bases(weight, *pair, max(1, steps // 10), lr, seed)[1])
+    return fit_bases(weight, *pairs[0], steps, lr, seed)[0]
 
 
 @method("mobe", steps=1000, lr=2e-2, version=1)

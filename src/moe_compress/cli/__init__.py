@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from moe_compress.allocator import keep_freed_memory
 from moe_compress.errors import UserError
 from moe_compress.torchrun import rank
 
@@ -21,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rank() != 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for the life of the process
         os.environ["TQDM_DISABLE"] = "1"
+    keep_freed_memory()
     prefix = f"[rank {rank()}] " if rank() else ""
     try:
         from moe_compress.cli.commands import dispatch

@@ -1,0 +1,30 @@
+"""What becomes of large buffers that were freed: kept for the next of their kind, or given back to the system."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt(3)
+_LARGEST_KEPT = 2**30  # a larger buffer is worth its page faults, and too much to keep
+_MOST_KEPT = 2**31 - 1
+_OF_THE_USER = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep freed buffers of up to 1 GiB, 2 GiB in all, for the rest of the process.
+
+    By default it gives those above 32 MB back at once, and every call of a layer with as large activations faults them
+    in again, page by page: a third to a half of the time of a prefill on a CPU (docs/SPEED.md). Settings in the
+    environment (`MALLOC_TRIM_THRESHOLD_` and the like) are left as they are.
+
+    Returns:
+        Whether that could be done: not with another C library, nor with an old glibc, which refuses.
+    """
+    if any(name in os.environ for name in _OF_THE_USER):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # no such function; no way to look for it, as on Windows
+        return False
+    return bool(mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT)) and bool(mallopt(_TRIM_THRESHOLD, _MOST_KEPT))
