@@ -6,13 +6,12 @@ import ctypes
 import os
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt(3)
-_LARGEST_KEPT = 2**30  # a larger buffer is worth its page faults, and too much to keep
-_MOST_KEPT = 2**31 - 1
+_LARGEST_KEPT, _MOST_KEPT = 2**28, 2**30  # room for activations; larger are the weights that a fit works on
 _OF_THE_USER = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep freed buffers of up to 1 GiB, 2 GiB in all, for the rest of the process.
+    """Let glibc keep freed buffers of up to 256 MiB, 1 GiB in all, for the rest of the process.
 
     By default it gives those above 32 MB back at once, and every call of a layer with as large activations faults them
     in again, page by page: a third to a half of the time of a prefill on a CPU (docs/SPEED.md). Settings in the

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_compress.compression.ranks import BASIS_SHARES
 from moe_compress.evaluation.variants import CORE, SVD
 from moe_compress.factorization import Form, rank_within
 from moe_compress.factorization.budget import Shape
@@ -25,7 +26,10 @@ LayerLayout = dict[str, Layout]
 FORMS = {
     CORE: (1, Fraction(0)),
     SVD: (0, Fraction(0)),
-    **{f"shared basis H/{part}": (0, Fraction(1, part)) for part in (3, 2)},
+    **{
+        f"shared basis {'' if share.numerator == 1 else share.numerator}H/{share.denominator}": (0, share)
+        for share in BASIS_SHARES
+    },
 }
 
 
