@@ -11,10 +11,10 @@ _OF_THE_USER = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep freed buffers of up to 256 MiB, 1 GiB in all, for the rest of the process.
+    """Let glibc keep freed buffers of up to 256 MiB for the rest of the process, and 1 GiB at the end of the heap.
 
     By default it gives those above 32 MB back at once, and every call of a layer with as large activations faults them
-    in again, page by page: a third to a half of the time of a prefill on a CPU (docs/SPEED.md). Settings in the
+    in again, page by page: a fifth to a half of the time of a long prefill on a CPU (docs/SPEED.md). Settings in the
     environment (`MALLOC_TRIM_THRESHOLD_` and the like) are left as they are.
 
     Returns:
