@@ -51,7 +51,10 @@ def test_forms_at_a_share_of_the_bytes():
     assert quarter["shared basis H/3"] == {  # (64 / 4 * 2048 - 680) * 2048 / (64 * 2728)
         "gate_up_proj": {"delta_rank": 376, "cores": 0, "basis": 680}, "down_proj": {"delta_rank": 168, "cores": 0},
     }  # fmt: skip
-    assert list(same_ratio_layouts(shapes, 0.01)) == [SVD, "shared basis H/3", "shared basis H/2"]  # a core is 1/64
+    # A core is 1/64 of gate_up_proj, and a basis of 2H/3 is 1/96.
+    bases = ["shared basis H/4", "shared basis H/3", "shared basis H/2"]
+    assert list(same_ratio_layouts(shapes, 0.01)) == [SVD, *bases]
+    assert list(same_ratio_layouts(shapes, 0.25)) == [CORE, SVD, *bases, "shared basis 2H/3"]
     assert same_ratio_layouts(shapes, 0.0001) == {}
 
 
