@@ -266,7 +266,8 @@ def test_the_core_multiplies_each_token_once() -> None:
 
 def test_few_rows_are_multiplied_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.zeros(4, 16, 8)
-    # Where GEMMs of few rows are slow: the larger the matrices, the fewer. Elsewhere: up to two for each expert.
+    # Where GEMMs of few rows are slow: the larger the matrices, the fewer. Elsewhere (MKL on its maker's CPUs, 16-bit
+    # types that AMX multiplies): up to two for each expert.
     sizes = [torch.zeros(8, 1, 1).expand(-1, side, side) for side in (16, 512, 1024, 4096)]
     with torch.no_grad():
         for slow, expected in ((True, [32, 16, 8, 2]), (False, [2, 2, 2, 2])):
@@ -274,7 +275,15 @@ def test_few_rows_are_multiplied_one_by_one(monkeypatch: pytest.MonkeyPatch) -> 
             assert expert_mm.by_row(4, weight) and not expert_mm.by_row(400, weight)
             most = [max(rows for rows in range(40) if expert_mm.by_row(8 * rows, size)) for size in sizes]
             assert most == expected
-        assert expert_mm.by_row(8, weight.bfloat16()) and not expert_mm.by_row(9, weight.bfloat16())
+        monkeypatch.setattr(onednn, "_SUPPORTED", {torch.float16: False})
+        for amx, expected in ((True, [2, 2, 2, 2]), (False, [32, 16, 8, 2])):
+            monkeypatch.setattr(expert_mm, "_AMX", amx)
+            halves = {dtype: [size.to(dtype) for size in sizes] for dtype in (torch.bfloat16, torch.float16)}
+            most = {
+                dtype: [max(rows for rows in range(40) if expert_mm.by_row(8 * rows, size)) for size in of_dtype]
+                for dtype, of_dtype in halves.items()
+            }
+            assert most == {torch.bfloat16: expected, torch.float16: [32, 16, 8, 2]}
     assert not expert_mm.by_row(4, weight)  # with a gradient, on a CPU
     assert expert_mm.by_row(4, weight.to("meta"))
     assert not expert_mm.by_row(2**20, weight.to("meta"))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_compress.modeling import expert_mm, experts, onednn
 from moe_compress.modeling.experts import SharedCoreExperts
@@ -33,6 +35,19 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
+class Multiplied(TorchDispatchMode):
+    """The types of all matrices that are multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__.split(".")[0] in ("mm", "bmm", "addmm", "_grouped_mm", "_linear_pointwise"):
+            self.dtypes |= {value.dtype for value in args if isinstance(value, Tensor) and value.is_floating_point()}
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("make", [shared, grouped])
 @pytest.mark.parametrize("tokens", [9, 70])
@@ -53,6 +68,54 @@ def test_a_layer_is_the_same(
         monkeypatch.setattr(onednn, "_FASTER", False)
         expected = replacement(hidden, index, weights)  # compared with the original in test_experts.py
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("make", [shared, grouped])
+def test_types_that_the_cpu_cannot_multiply_go_through_fp32(
+    dtype: torch.dtype,
+    training: bool,
+    make: Callable[[nn.Module], SharedCoreExperts],
+    calls: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The products are made in fp32, of the layer's own values, and come back in the type of the layer."""
+    replacement = make(original("gated", dtype))
+    exact = make(original("gated", dtype)).double()
+    exact.load_state_dict(replacement.state_dict())
+    monkeypatch.setattr(experts, "by_row", lambda *_: False)
+    monkeypatch.setattr(onednn, "_SUPPORTED", {dtype: False})
+    hidden, index, weights = route(70, 2)
+    hidden, weights = hidden.to(dtype), weights.to(dtype)
+    with torch.set_grad_enabled(training):
+        expected = exact(hidden.double(), index, weights.double())
+        with Multiplied() as multiplied:
+            out = replacement(hidden, index, weights)
+    assert multiplied.dtypes == {torch.float32} and out.dtype == dtype
+    assert bool(calls) != training
+    close = {"rtol": 0.02, "atol": 0.02 * float(expected.detach().abs().max()), "check_dtype": False}
+    torch.testing.assert_close(out, expected, **close)
+    if training:
+        out.sum().backward()
+        expected.sum().backward()
+        for (name, parameter), of_exact in zip(replacement.named_parameters(), exact.parameters(), strict=True):
+            if parameter.numel():
+                assert parameter.grad is not None and of_exact.grad is not None and parameter.grad.dtype == dtype, name
+                torch.testing.assert_close(
+                    parameter.grad.double(), of_exact.grad, rtol=0.05, atol=0.02 * float(of_exact.grad.abs().max())
+                )
+
+
+def test_what_the_cpu_multiplies_is_asked_of_onednn() -> None:
+    weight = torch.zeros(2, 2)
+    for dtype, supported in (
+        (torch.bfloat16, torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        (torch.float16, torch.ops.mkldnn._is_mkldnn_fp16_supported()),
+    ):
+        assert onednn.product_dtype(weight.to(dtype)) == (dtype if supported else torch.float32)
+        assert onednn.product_dtype(weight.to(dtype).to("meta")) == dtype
+    assert onednn.product_dtype(weight.double()) == torch.float64
 
 
 @pytest.mark.parametrize("strided", [False, True])

@@ -84,6 +84,7 @@ def test_rows_are_rounded_where_onednn_compiles_for_their_number(monkeypatch: py
         return expert_mm.row_rounding(64 * rows, sides, batched=batched)
 
     monkeypatch.setattr(onednn, "_FASTER", True)
+    monkeypatch.setattr(onednn, "_SUPPORTED", {})
     monkeypatch.setattr(expert_mm, "_AMX", False)
     large = torch.zeros(64, 1, 1).expand(-1, 512, 512)
     with torch.no_grad():
@@ -101,8 +102,11 @@ def test_rows_are_rounded_where_onednn_compiles_for_their_number(monkeypatch: py
         assert rounding(64, side) == 8 and rounding(64, side.float(), large) == 1
 
 
-def test_rows_of_16_bits_are_batched_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_16_bits_are_batched_on_a_cpu_that_multiplies_them(monkeypatch: pytest.MonkeyPatch) -> None:
     side = torch.zeros(64, 4, 8)
+    monkeypatch.setattr(onednn, "_SUPPORTED", {torch.bfloat16: False})
+    assert expert_mm.rows_per_gemm(side.half()) and not expert_mm.rows_per_gemm(side.bfloat16())
+    monkeypatch.setattr(onednn, "_SUPPORTED", {})
     assert expert_mm.rows_per_gemm(side.bfloat16()) and expert_mm.rows_per_gemm(side.half())
     assert not expert_mm.rows_per_gemm(side) and not expert_mm.rows_per_gemm(side.bfloat16().to("meta"))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)

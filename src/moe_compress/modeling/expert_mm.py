@@ -32,7 +32,8 @@ _BAGGED_WORK = 2**26
 _GATHERED_VALUES = 2**24
 # Off unless asked for: the kernel has not been run on a GPU yet.
 _TRITON = os.environ.get("MOE_COMPRESS_TRITON") == "1" and find_spec("triton") is not None
-# Rows of a batched GEMM that take as long as beginning a GEMM of one expert, in 16-bit types (measured with AMX).
+# Rows of a batched GEMM that take as long as beginning a GEMM of one expert, in 16-bit types (measured with AMX, and on
+# an AMD EPYC with AVX-512).
 _ROWS_PER_GEMM = {"AMX": 192, "other": 64}
 _SHORT = (torch.bfloat16, torch.float16)
 _AMX = bool(torch.cpu.get_capabilities().get("amx_tile"))
@@ -79,19 +80,21 @@ def rows_per_gemm(weight: Tensor) -> int:
     How far is decided by the numbers, so not where reading them would wait for a device or break a graph. In fp32 MKL's
     batched GEMM is not faster than one per expert, for gradients slower, and oneDNN has none.
     """
-    if weight.device.type != "cpu" or weight.dtype not in _SHORT or torch.compiler.is_compiling():
+    if weight.device.type != "cpu" or torch.compiler.is_compiling():
+        return 0
+    if onednn.product_dtype(weight) not in _SHORT:
         return 0
     return _ROWS_PER_GEMM["AMX" if _AMX else "other"]
 
 
 def _fast_with_few_rows(weight: Tensor) -> bool:
-    """Whether GEMMs of few rows are fast: batched ones, and those of MKL on the CPUs of its maker."""
+    """Whether GEMMs of few rows are fast: batched ones with AMX, and those of MKL on the CPUs of its maker."""
     of_mkl = weight.dtype == torch.float32 and onednn.MKL_AT_HOME and not torch.compiler.is_compiling()
-    return of_mkl or rows_per_gemm(weight) > 0
+    return of_mkl or (_AMX and rows_per_gemm(weight) > 0)
 
 
 def _by_onednn(rows: int, side: Tensor) -> bool:
-    if side.dtype in _SHORT:
+    if onednn.product_dtype(side) in _SHORT:
         return side.device.type == "cpu"
     return onednn.takes(rows, side)
 

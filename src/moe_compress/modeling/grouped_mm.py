@@ -11,7 +11,10 @@ from torch import Tensor
 # The registration of `torch.ops.transformers.grouped_mm_fallback`.
 from transformers.integrations import moe as _moe  # noqa: F401
 
+from moe_compress.modeling.onednn import in_product_dtype
 
+
+@in_product_dtype
 def grouped_mm(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """`x weight_g` of every row, for rows sorted by group.
 
