@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from rich.console import Console
 
 from moe_compress.checks import check_values
-from moe_compress.compression import allocate, compress, walk
+from moe_compress.compression import allocate, compress, pipeline, walk
 from moe_compress.compression.plan_table import print_plan
 from moe_compress.compression.planning import make_plan
 from moe_compress.compression.source import open_model
@@ -91,6 +92,21 @@ def test_measured_once(uneven: Path, settings: Settings, tmp_path: Path, monkeyp
     file.write_text("{")
     with pytest.raises(UserError, match="damaged"):
         allocate.allocate(source, config, file, CPU)
+
+
+def test_what_cannot_be_done_is_refused_before_anything_is_measured(
+    uneven: Path, tokenizer: Any, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer.save_pretrained(uneven)
+    monkeypatch.setattr(pipeline, "allocate", lambda *_: pytest.fail("measured"))
+    wide = Run.create(tmp_path / "wide", settings(uneven, calibrate=True, allocation="greedy", rank=64))
+    with pytest.raises(UserError, match="delta rank 128 is above the dimensions .* or set compression.target_ratio"):
+        compress(wide)
+    monkeypatch.setattr("moe_compress.compression.planning.shutil.disk_usage", lambda path: SimpleNamespace(free=10))
+    full = Run.create(tmp_path / "full", settings(uneven, calibrate=True, allocation="greedy"))
+    with pytest.raises(UserError, match="0.0 GB free"):
+        compress(full)
+    assert not (full.path / "calibration").exists()
 
 
 def test_the_plan_says_that_ranks_are_not_final(uneven: Path, settings: Settings) -> None:

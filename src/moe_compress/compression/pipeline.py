@@ -20,7 +20,7 @@ from moe_compress.compression.job import Job, calibration_walk, copy_others, pro
 from moe_compress.compression.layer import LayerSettings
 from moe_compress.compression.plan_table import print_plan
 from moe_compress.compression.planning import Plan, check_disk, check_plan, make_plan
-from moe_compress.compression.ranks import Choices, is_measured, shapes_of, stored_dtype
+from moe_compress.compression.ranks import Choices, stored_dtype
 from moe_compress.compression.source import SourceModel, open_model
 from moe_compress.compression.workers import Team
 from moe_compress.compression.writer import CheckpointWriter, LayerRecord
@@ -71,17 +71,22 @@ def _compress(run: Run, team: Team, console: Console) -> None:
     if not team.leads:
         team.wait("planned")  # what is wrong with the model or the settings is told once, by the leader
     source = open_model(run.config.model)
+
+    def checked(choices: Choices | None = None) -> Plan:
+        plan = make_plan(source, run.config, choices)
+        if team.leads:
+            check_plan(plan)
+            if not target.exists():
+                check_disk(plan, target, [target.parent, calibration_dir])
+        return plan
+
+    plan = checked()  # before anything is measured, which takes long
     calibration = None
     if run.config.compression.calibration.enabled:
         calibration = Calibration(run.config, source.path, source.checkpoint.fingerprint, calibration_dir)
-    choices = None
-    if is_measured(run.config.compression, shapes_of(source.map.layers)):
-        choices = _allocate(run, source, calibration, fit_device(run.config, team.local_rank), console)
-    plan = make_plan(source, run.config, choices)
+    if plan.provisional:
+        plan = checked(_allocate(run, source, calibration, fit_device(run.config, team.local_rank), console))
     if team.leads:
-        check_plan(plan)
-        if not target.exists():
-            check_disk(plan, target, _size_below(target.parent) + _size_below(calibration_dir))
         print_plan(plan, console)
         team.publish("planned")
     facts = compress_model(source, plan, run.config, target, calibration, console, team)
@@ -289,7 +294,3 @@ def _made_by(source: SourceModel, name: str, settings: LayerSettings, grams: str
             "calibration": grams,
         }
     )
-
-
-def _size_below(directory: Path) -> int:
-    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -241,8 +241,8 @@ def check_plan(plan: Plan) -> None:
             )
 
 
-def check_disk(plan: Plan, directory: Path, existing: int = 0) -> None:
-    """Refuse to begin when the disk of `directory` cannot hold the result; `existing` bytes are there already.
+def check_disk(plan: Plan, directory: Path, kept: Sequence[Path] = ()) -> None:
+    """Refuse to begin when the disk of `directory` cannot hold the result; what is below `kept` is there already.
 
     Raises:
         UserError: not enough free space.
@@ -251,6 +251,7 @@ def check_disk(plan: Plan, directory: Path, existing: int = 0) -> None:
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
+    existing = sum(file.stat().st_size for part in kept for file in part.rglob("*") if file.is_file())
     needed = plan.disk_bytes - existing
     if needed > free:
         raise UserError(

@@ -60,7 +60,9 @@ def check_rank(name: str, shape: Shape, delta_rank: int, *, form: Form, paramete
             f"{name}: {experts} experts of {rows} x {columns} cannot be made smaller with {form.cores} core(s)"
             f"{f' and a basis of {form.basis}' if form.basis else ''}; leave this layer as it is"
         )
-    hint = f"choose compression.rank of at most {most // 2}" if most >= 2 else "set compression.target_ratio instead"
+    hint = "set compression.target_ratio"
+    if most >= 2:
+        hint = f"choose compression.rank of at most {most // 2}, or {hint}"
     if delta_rank >= min(rows, columns):
         raise UserError(
             f"{name}: delta rank {delta_rank} is above the dimensions of {rows} x {columns} weights; {hint}"
