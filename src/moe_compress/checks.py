@@ -77,7 +77,7 @@ _RULES: dict[type, dict[str, _Rule]] = {
         "input_basis": _Rule(
             lambda share: share == "auto" if isinstance(share, str) else 0 <= share < 1, "from 0 to below 1, or auto"
         ),
-        "iterations": _at_least(0),
+        "iterations": _at_least(1),
         "num_steps": _at_least(1),
         "lr": _POSITIVE,
         "dtype": _one_of(*_DTYPES),
@@ -153,6 +153,12 @@ def check_values(config: Config) -> None:
         raise UserError("no size is set: give compression.rank, compression.target_ratio or compression.target_bytes")
     if compression.target_ratio is not None and compression.target_bytes is not None:
         raise UserError("compression.target_ratio and compression.target_bytes are both set; set one of them to null")
+    if compression.input_basis not in ("auto", 0):
+        key = f"compression.input_basis={show(compression.input_basis)}"
+        if compression.method != "closed_form":
+            raise UserError(f"{key} needs compression.method=closed_form; set that, or compression.input_basis=0")
+        if compression.cores not in ("auto", "groups", 0, 1):
+            raise UserError(f"{key} goes with at most one core; set compression.cores=1, or compression.input_basis=0")
     calibration = compression.calibration
     if calibration.enabled and calibration.fisher:
         key = "compression.calibration.fisher=true"
