@@ -1,5 +1,6 @@
 """The command line: exit codes, one-line errors, help without torch, and the scripts that lead to it."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -129,6 +130,41 @@ def test_a_defect_keeps_its_traceback(recorder: Recorder) -> None:
         main(["compress", "run=r"])
 
 
+def test_what_the_system_refuses_is_one_line(
+    recorder: Recorder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("afile").write_text("")
+    assert error_of(capsys, "compress", "run=afile/x").startswith("error: Not a directory: 'afile/x'")
+    recorder.error = OSError(errno.ENOSPC, "No space left on device")
+    assert error_of(capsys, "compress", "run=r").startswith("error: No space left on device (")
+    monkeypatch.setenv("MOE_COMPRESS_TRACEBACK", "1")
+    with pytest.raises(OSError, match="No space left"):
+        main(["compress", "run=r"])
+    monkeypatch.delenv("MOE_COMPRESS_TRACEBACK")
+    recorder.error = OSError("a library's own words")
+    with pytest.raises(OSError, match="a library's own words"):
+        main(["compress", "run=r"])
+
+
+def test_a_reader_that_has_gone_ends_the_command_quietly() -> None:
+    result = execute("bash", "-c", f"{sys.executable} -m moe_compress settings | true; echo ${{PIPESTATUS[0]}}")
+    assert (result.stdout, result.stderr) == ("141\n", "")
+
+
+def test_an_output_that_cannot_be_written_fails_before_the_work(
+    recorder: Recorder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after it: the modules that would do the work are not even imported."""
+    for module in ("evaluation", "report", "modeling"):
+        monkeypatch.setitem(sys.modules, f"moe_compress.{module}", None)
+    Path("afile").write_text("")
+    for command in (("bench",), ("evaluate", "reference"), ("report", "a", "b")):
+        assert error_of(capsys, *command, "--output", "afile").startswith("error: File exists: 'afile'")
+    assert "File exists: 'afile'" in error_of(capsys, "export", "model=m", "--dense", "afile/x")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert "out cannot be written to" in error_of(capsys, "bench", "--output", "out")
+
+
 def test_gpu_ids_are_all_that_the_process_sees(recorder: Recorder) -> None:
     main(["compress", "run=r"])
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "unset by the test"
@@ -193,6 +229,10 @@ def test_evaluate_and_report_take_models_and_runs(
     assert [name for name, _, _ in recorder.calls] == ["compress", "report"]
     assert "evaluate MODEL ... --vs TEACHER" in error_of(capsys, "evaluate", "run=r", "--vs", "reference")
     assert "comparison of several runs" in error_of(capsys, "report", "r", "--output", "out")
+    assert "named and given as run=" in error_of(capsys, "report", "run=a", "r")
+    for extra in (("nonsense=1",), ("run=c",), ("--config", "r/config.yaml")):
+        assert "a comparison takes no settings" in error_of(capsys, "report", "a", "b", *extra)
+    assert len(seen) == 4
 
 
 def test_export(recorder: Recorder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,8 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for a user's mistake (one line on stderr), 130 if interrupted.
 
+    What the system refuses (no space, no permission, no such directory) is told in one line too; with
+    MOE_COMPRESS_TRACEBACK=1 in the environment it keeps its traceback.
     Under torchrun only rank 0 prints; what goes wrong on another rank alone is still reported, with its number.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -38,4 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as in `moe-compress settings | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.errno is None or os.environ.get("MOE_COMPRESS_TRACEBACK") == "1":  # no number: a library's
+            raise
+        text = str(error).removeprefix(f"[Errno {error.errno}] ")
+        print(f"{prefix}error: {text} (MOE_COMPRESS_TRACEBACK=1 shows where)", file=sys.stderr)
+        return 2
     return 0

@@ -134,10 +134,11 @@ def _evaluate(options: argparse.Namespace) -> None:
         _stage("evaluate")(options)
         return
     config = _composed(options)
+    output = _directory(options.output or Path("evaluation"))
     _use_gpus(config)
     from moe_compress.report import compare_models
 
-    compare_models(models, config, options.output or Path("evaluation"), teacher=options.vs)
+    compare_models(models, config, output, teacher=options.vs)
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -145,12 +146,17 @@ def _report(options: argparse.Namespace) -> None:
     if len(runs) < 2:
         if options.output:
             raise UserError("--output is for a comparison of several runs; the report of one goes into its directory")
+        if runs and any(setting.startswith("run=") for setting in options.settings):
+            raise UserError("a run is named and given as run= as well; name each alone: moe-compress report RUN ...")
         options.settings += [f"run={run}" for run in runs]
         _stage("report")(options)
         return
+    if options.settings or options.config:
+        raise UserError("a comparison takes no settings: moe-compress report RUN_A RUN_B ... [--output DIR]")
+    output = _directory(options.output or Path("comparison"))
     from moe_compress.report import compare_runs
 
-    compare_runs([Path(run) for run in runs], options.output or Path("comparison"))
+    compare_runs([Path(run) for run in runs], output)
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -173,10 +179,11 @@ def _plan(options: argparse.Namespace) -> None:
 def _bench(options: argparse.Namespace) -> None:
     _name_model(options)
     config = _composed(options)
+    output = _directory(options.output) if options.output else None
     _use_gpus(config)
     from moe_compress.evaluation import bench_model
 
-    bench_model(config, options.output)
+    bench_model(config, output)
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -195,6 +202,7 @@ def _export(options: argparse.Namespace) -> None:
         source, trust = config.model.name, config.model.trust_remote_code
     else:
         raise UserError("export needs run=RUN (its best checkpoint) or model=DIR (a compressed checkpoint)")
+    _directory(options.dense.parent)
     _use_gpus(config)
     from moe_compress.modeling import export_dense
 
@@ -273,6 +281,14 @@ def _composed(options: argparse.Namespace) -> Config:
         return fresh
     base = settings.read(run_path(fresh) / CONFIG_NAME)
     return settings.compose(options.settings, base=base, file=options.config)
+
+
+def _directory(path: Path) -> Path:
+    """Make the directory of a result before the work, which would be lost if that failed only at its end."""
+    path.mkdir(parents=True, exist_ok=True)
+    if not os.access(path, os.W_OK):
+        raise UserError(f"{path} cannot be written to; choose another directory")
+    return path
 
 
 def _use_gpus(config: Config) -> None:

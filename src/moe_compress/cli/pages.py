@@ -20,7 +20,8 @@ examples:
   torchrun --nproc-per-node 8 -m moe_compress distill run=runs/qwen fsdp.enabled=true
 
 The first stage freezes the settings in RUN/config.yaml; later stages read that file and take new values only for what
-no stage has used yet. `moe-compress COMMAND --help` lists the settings a command reads, `moe-compress settings` all."""
+no stage has used yet. `moe-compress COMMAND --help` lists the settings a command reads, `moe-compress settings` all.
+With MOE_COMPRESS_TRACEBACK=1 in the environment, an error of the system, such as a full disk, shows where it arose."""
 
 
 class Page(NamedTuple):
