@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from moe_compress.compression import footprint
+from moe_compress.compression import footprint, trials
 from moe_compress.compression.plan_table import print_plan
 from moe_compress.compression.planning import Plan, check_plan, make_plan
 from moe_compress.compression.source import SourceModel, open_model
@@ -154,6 +154,11 @@ def test_memory_and_disk_of_a_calibration(large: SourceModel, monkeypatch: pytes
     assert least < plan.peak_bytes < 1.5 * least
     config.compression.allocation = "greedy"
     assert make_plan(large, config).disk_bytes == plan.disk_bytes  # too many to be kept: collected twice
+    config.compression.calibration.trials = LAYERS  # their factors in fp32 are more than the result
+    tried = make_plan(large, config)
+    ways = 2 * (LAYERS + 1) * trials.TOKENS * 2 * HIDDEN
+    assert tried.disk_bytes == grams + 2 * tried.after.expert_bytes + ways > plan.disk_bytes
+    config.compression.calibration.trials = 16
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert make_plan(large, config).disk_bytes == plan.after.bytes + 4 * grams + states
     monkeypatch.setattr(footprint, "layer_list", does_not_fit)

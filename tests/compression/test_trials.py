@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_compress.compression import compress, trials
+from moe_compress.compression import compress, pipeline, trials
 from moe_compress.compression.allocate import allocate
 from moe_compress.compression.calibrate import Calibration
 from moe_compress.compression.job import calibration_walk
@@ -126,6 +127,35 @@ def test_a_run_killed_in_the_trials_goes_on_with_what_it_has(
     compress(whole)
     for file in ("allocation.json", "compression.json"):
         assert (run.path / file).read_bytes() == (whole.path / file).read_bytes()
+
+
+def test_the_factors_of_trials_are_gone_once_the_ranks_are_known(
+    model_dir: Callable[[str], Path], settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(model_dir("olmoe"), calibrate=True, allocation="greedy", target_ratio=0.5, cores="auto")
+    run, kept = Run.create(tmp_path / "run", config), tmp_path / "kept"
+    allocated = pipeline.allocate
+
+    def killed(*arguments: Any) -> None:
+        allocated(*arguments)
+        shutil.copytree(run.path / "calibration", kept)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "allocate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        compress(run)
+    assert len(list(kept.glob("trial-*"))) == 2
+    monkeypatch.setattr(pipeline, "allocate", allocated)
+    monkeypatch.setattr(Trials, "make", lambda *_: pytest.fail("tried again"))
+    real = pipeline.compress_model
+
+    def fit(*arguments: Any) -> Any:
+        assert (run.path / "calibration").exists() and not list((run.path / "calibration").glob("trial-*"))
+        return real(*arguments)
+
+    monkeypatch.setattr(pipeline, "compress_model", fit)
+    compress(Run.open(run.path))
+    assert run.finished("compress")
 
 
 def test_few_layers_of_many_are_tried_and_the_others_take_what_lies_between() -> None:

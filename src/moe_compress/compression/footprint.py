@@ -12,6 +12,7 @@ from moe_compress.compression.calibrate import GRAM_BYTES_AT_ONCE
 from moe_compress.compression.layerwise import DoesNotFit, compute_dtype, layer_list, picks_positions
 from moe_compress.compression.ranks import more_cores
 from moe_compress.compression.source import SourceModel
+from moe_compress.compression.trials import TOKENS
 from moe_compress.config import CalibrationConfig, Config
 from moe_compress.factorization.grams import CHUNK_BYTES
 from moe_compress.torchrun import world_size
@@ -63,11 +64,12 @@ def peak_stages(source: SourceModel, config: Config, layers: list[LayerPlan]) ->
 
 
 def disk_needed(source: SourceModel, config: Config, layers: list[LayerPlan], result: int) -> int:
-    """Disk needed while a compression runs: its result, and what the calibration keeps.
+    """Disk needed while a compression runs: what the calibration keeps, and its result or what trials keep before it.
 
-    That is the Gram matrices of as many layers as there are processes (more wait for nobody), and the hidden states
-    before and after a layer, or with Fisher information before each layer and two files of gradients; these are counted
-    where `max_samples` says how much text there is.
+    The calibration keeps the Gram matrices of as many layers as there are processes (more wait for nobody), and the
+    hidden states before and after a layer, or with Fisher information before each layer and two files of gradients;
+    these are counted where `max_samples` says how much text there is. Trials keep the factors of their layers in fp32,
+    and the hidden states of the original and of each.
 
     Args:
         result: bytes of the compressed checkpoint.
@@ -80,15 +82,21 @@ def disk_needed(source: SourceModel, config: Config, layers: list[LayerPlan], re
     greedy = config.compression.allocation == "greedy" and not settings.sequential
     if greedy and sum(grams) <= GRAM_BYTES_AT_ONCE:
         held = sum(grams)  # kept from measuring to fitting
+    factors = [sum(4 * projection.parameters_after for projection in layer.projections) for layer in layers]
+    factors = sorted(factors, reverse=True)[: settings.trials * greedy]
     try:
         parts = _parts(source.map.model, [layer.name for layer in layers])
     except DoesNotFit:
-        return result + sum(grams)
-    tokens = (settings.dataset.max_samples or 0) * settings.dataset.max_length
-    states = tokens * _hidden_size(source.map.model) * compute_dtype(source, config.model).itemsize
+        return sum(grams) + max(result, sum(factors))
+    length, samples = settings.dataset.max_length, settings.dataset.max_samples
+    state = length * _hidden_size(source.map.model) * compute_dtype(source, config.model).itemsize
     # The inputs of the first layer are the embeddings, which are not kept.
     files = len(parts.layers) - max(parts.first, 1) + 2 if settings.fisher else 2
-    return result + held + files * states
+    states = files * (samples or 0) * state
+    rows = max(1, TOKENS // length)
+    ways = 2 * (len(factors) + 1) * min(samples or rows, rows) * state  # before and after a layer
+    trials = sum(factors) + max(states, ways) if factors else 0
+    return held + max(result + states, trials)
 
 
 def _reading(layer: LayerPlan) -> int:

@@ -104,7 +104,7 @@ def _allocate(
         calibration = None
     with progress_bars(console) as progress:
         task = progress.add_task("measuring errors", total=None, error="")
-        return allocate(
+        choices = allocate(
             source,
             run.config,
             run.path / "allocation.json",
@@ -113,6 +113,9 @@ def _allocate(
             calibration,
             lambda: None if calibration is None else calibration_walk(run.config, source, calibration, device, console),
         )
+    for file in (run.path / "calibration").glob("trial-*"):  # what they told is kept in allocation.json
+        file.unlink(missing_ok=True)
+    return choices
 
 
 def compress_model(

@@ -37,7 +37,7 @@ from moe_compress.files import fingerprint
 from moe_compress.modeling import ExpertsModule, find_experts
 from moe_compress.modeling.find import expert_weights, set_expert_weights
 
-_TOKENS = 8192  # of the calibration text that trials are measured on
+TOKENS = 8192  # of the calibration text that trials are measured on
 # KL divergence per token that rounding alone may cause: a trial below it says nothing. Between the test models in bf16
 # and in fp32 it is 0.0003 to 0.0011.
 _NOISE = {torch.float32: 1e-6}
@@ -125,7 +125,7 @@ class Trials:
         """
         estimates = {index: self.estimate(index) for index in self.indices}
         tried = [index for index in self.indices if estimates[index] > 0]
-        rows = torch.from_numpy(self.calibration.rows[: max(1, _TOKENS // self.calibration.rows.shape[1])])
+        rows = torch.from_numpy(self.calibration.rows[: max(1, TOKENS // self.calibration.rows.shape[1])])
         try:
             if walk is not None:
                 walk.model.check_head()
