@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
+from moe_compress.compression import mapping
 from moe_compress.compression.ranks import header_choices
 from moe_compress.config import Config
 from moe_compress.errors import UserError
@@ -41,6 +42,7 @@ from moe_compress.modeling import (
     load_model,
     resolve_model_path,
 )
+from moe_compress.modeling.config import QUANT_METHOD
 from moe_compress.modeling.experts import SharedCoreExperts
 from moe_compress.modeling.tensors import form_of, make_layout
 
@@ -49,7 +51,8 @@ def bench_model(config: Config, output: Path | None = None) -> dict[str, Any]:
     """Time `model.name` against its compressed form, print the tables, and return their figures.
 
     An original model is compared with random factors at the ranks of the settings; a compressed checkpoint with the
-    original of its shapes, and as a whole with the teacher that the settings (or its run) name.
+    original of its shapes, and as a whole with the teacher that the settings (or its run) name. Of a quantized original
+    (fp8, mxfp4) the layers alone are timed, unquantized.
 
     Args:
         config: the settings.
@@ -61,8 +64,8 @@ def bench_model(config: Config, output: Path | None = None) -> dict[str, Any]:
     console = Console()
     device = choose_device(config)
     model_config = load_config(config)
-    raw = getattr(model_config, "quantization_config", None)
-    layouts = raw["layers"] if isinstance(raw, dict) else getattr(raw, "layers", None)
+    quantization = getattr(model_config, "quantization_config", None) or {}
+    layouts = quantization["layers"] if quantization.get("quant_method") == QUANT_METHOD else None
     dtype = _dtype(config, model_config)
     rates = measure_rates(dtype, device)
     found: dict[str, Any] = {"machine": describe_machine(), "device": str(device), "dtype": str(dtype)[6:]}
@@ -73,10 +76,11 @@ def bench_model(config: Config, output: Path | None = None) -> dict[str, Any]:
         grids.append(layer_grid(layer, found))
         console.print(grids[-1].rich())
         console.print("\n".join(break_even_lines(layer)), highlight=False)
-    models = _whole_models(config, compressed=layouts is not None, device=device)
+    compressed = layouts is not None
+    models = _whole_models(config, compressed=compressed, device=device) if compressed or not quantization else None
     if models is None:
         console.print(
-            "The whole model is not timed: its weights (or, of a compressed one, its teacher's) are not here."
+            "The whole model is not timed: its weights (or a compressed one's teacher's) are not here or are quantized."
         )
     else:
         found["model"] = model_speed(*models, seed=config.seed)
@@ -110,7 +114,7 @@ def bench_layers(
     Returns:
         A dict per kind: `module` (the first of its kind), `count`, and what `time_layer` gives.
     """
-    model = meta_model(model_config)
+    model = meta_model(model_config, trust_remote_code=config.model.trust_remote_code)
     experts = find_experts(model)
     planned = layouts or plan_layouts(experts, config, dtype)
     kinds: dict[str, list[ExpertsModule]] = {}
@@ -226,7 +230,7 @@ def _whole_models(config: Config, *, compressed: bool, device: torch.device) -> 
 
 def _teacher_of(checkpoint: Path) -> str | None:
     """The original model of a checkpoint that lies in its run directory."""
-    settings_file = checkpoint.resolve().parents[1] / "config.yaml"
+    settings_file = checkpoint.resolve().parent.parent / "config.yaml"
     if not settings_file.is_file():
         return None
     from moe_compress.settings import read
@@ -235,13 +239,16 @@ def _teacher_of(checkpoint: Path) -> str | None:
     return config.distillation.teacher.model_path or config.model.name
 
 
-def meta_model(model_config: Any) -> Any:
-    """The model of a (compressed model's) configuration in its original form, without values."""
+def meta_model(model_config: Any, *, trust_remote_code: bool = False) -> Any:
+    """The model of a (compressed or quantized model's) configuration in its original form, without values.
+
+    Raises:
+        UserError: Transformers has no causal language model for it.
+    """
     plain = copy.deepcopy(model_config)
     if hasattr(plain, "quantization_config"):
         del plain.quantization_config
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(plain)
+    return mapping.meta_model(plain, trust_remote_code=trust_remote_code)
 
 
 def _dtype(config: Config, model_config: Any) -> torch.dtype:
