@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 from moe_compress.distillation.chunks import LinearHead, TeacherHead, summed_in_chunks
 from moe_compress.distillation.targets import DenseTargets, SampledTargets, SparseTargets, TeacherTargets
@@ -20,12 +20,18 @@ from moe_compress.errors import UserError
 
 IGNORED = -100
 
+# A log-probability whose exponential is 0 beside any other in fp32, and which, unlike minus infinity, may be multiplied
+# by it.
+_NO_MASS = -1e30
+
 Tail = Literal["keep", "ignore"]
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 
 
 def tail_log_mass(targets: SparseTargets, temperature: float, vocab_size: int) -> Tensor | None:
     """Log of the sum of `exp(log-probability / T)` over the tokens outside the top-k, for each token: fp32 `[n]`.
+
+    Ids among the k from `vocab_size` on are not counted as tokens; a tail without any has no mass.
 
     With b = 1/T it is exact at b = 1 and b = 1/2, where the cache holds it, and at b = 0, where it is the log of the
     number of those tokens. Between them it is the parabola through these three points: the function is smooth and
@@ -37,15 +43,16 @@ def tail_log_mass(targets: SparseTargets, temperature: float, vocab_size: int) -
     Returns:
         None where there is no tail, because the top-k is the whole vocabulary.
     """
-    rest = vocab_size - targets.indices.shape[-1]
-    if rest <= 0:
+    if targets.indices.shape[-1] >= (targets.vocab_size or vocab_size):
         return None
+    rest = vocab_size - (targets.indices < vocab_size).sum(-1)
+    log_rest = rest.log()
     b = 1.0 / temperature
     at_one, at_half = targets.log_tail.unbind(-1)
-    mass = 2 * (b - 0.5) * (b - 1) * math.log(rest) - 4 * b * (b - 1) * at_half + 2 * b * (b - 0.5) * at_one
+    mass = 2 * (b - 0.5) * (b - 1) * log_rest - 4 * b * (b - 1) * at_half + 2 * b * (b - 0.5) * at_one
     if b > 1:
         mass = (mass + at_one + 2 * (b - 1) * (at_one - at_half)) / 2
-    return torch.minimum(mass, math.log(rest) + b * targets.log_probs[..., -1])
+    return torch.minimum(mass, log_rest + b * targets.log_probs[..., -1]).where(rest > 0, _NO_MASS)
 
 
 def divergence(
@@ -65,6 +72,9 @@ def divergence(
     vocabulary. With `tail="ignore"` both sides are renormalized over the k tokens. From random draws the forward KL is
     estimated without bias: the cross-entropy of the draws less the teacher's entropy (of one token it may be negative).
 
+    Ids of the teacher that the student does not have must be padding. They are left out, and the teacher's other
+    probabilities, but for draws, renormalized.
+
     Args:
         logits: the student's, fp32 `[n, vocabulary]`.
         targets: the teacher's, flattened.
@@ -81,6 +91,7 @@ def divergence(
                 f"distillation.loss.divergence={kind} needs the teacher's probabilities, which random draws do not "
                 "tell; take forward_kl or a top-k cache"
             )
+        targets = targets.cut(logits.shape[-1])
         weights, entropy = targets.at(temperature)
         log_q = (logits / temperature).log_softmax(-1)
         return -(weights * log_q.gather(-1, targets.indices)).sum(-1) - entropy
@@ -101,15 +112,18 @@ def _log_probabilities(
     logits: Tensor, targets: DenseTargets | SparseTargets, temperature: float, tail: Tail
 ) -> tuple[Tensor, Tensor]:
     """Of teacher and student over the same classes, each normalized: fp32 `[n, classes]`."""
-    student = logits / temperature
+    student, vocab_size = logits / temperature, logits.shape[-1]
     if isinstance(targets, DenseTargets):
-        return (targets.logits.float() / temperature).log_softmax(-1), student.log_softmax(-1)
-    head_p = targets.log_probs / temperature
+        return (targets.cut(vocab_size).logits.float() / temperature).log_softmax(-1), student.log_softmax(-1)
+    head_p = (targets.log_probs / temperature).masked_fill(targets.indices >= vocab_size, _NO_MASS)
+    if targets.vocab_size is not None and targets.vocab_size > vocab_size:
+        # So that ids which only the teacher has are the same to both sides: classes of no mass.
+        student = pad(student, (0, targets.vocab_size - vocab_size), value=_NO_MASS)
     head_q = student.gather(-1, targets.indices)
-    tail_p = tail_log_mass(targets, temperature, logits.shape[-1]) if tail == "keep" else None
+    tail_p = tail_log_mass(targets, temperature, vocab_size) if tail == "keep" else None
     if tail_p is not None:
         # The student's tail is summed over its tokens: 1 - (sum of the top-k) would lose it to rounding.
-        tail_q = student.scatter(-1, targets.indices, -math.inf).logsumexp(-1)
+        tail_q = student.scatter(-1, targets.indices, _NO_MASS).logsumexp(-1)
         head_p = torch.cat([head_p, tail_p.unsqueeze(-1)], -1)
         head_q = torch.cat([head_q, tail_q.unsqueeze(-1)], -1)
     # Top-k and tail together are the whole vocabulary, so this also normalizes the student over all of it.
@@ -185,8 +199,6 @@ def distillation_loss(
         if flat is None:
             return ce_weight * ce, ce, torch.zeros_like(ce)
         chosen = flat.rows(index)
-        if chosen.vocab_size is not None and chosen.vocab_size > logits.shape[-1]:
-            chosen = chosen.cut(logits.shape[-1])
         kl = divergence(logits[:, : chosen.vocab_size], chosen, temperature, tail, kind).sum()
         return ce_weight * ce + kl_weight * kl, ce, kl
 

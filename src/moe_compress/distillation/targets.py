@@ -1,8 +1,8 @@
 """What a teacher says about each token: its logits (`DenseTargets`, from a live model), the largest of them
 (`SparseTargets`) or random draws (`SampledTargets`), both from a cache.
 
-All may cover fewer ids than the student's logits, where one of the two vocabularies is padded: the loss compares the
-first `vocab_size` ids.
+All may cover fewer ids than the student's logits, or more, where one of the two vocabularies is padded: the loss
+compares the ids that both have.
 """
 
 from __future__ import annotations
@@ -11,13 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Self, cast
 
-import torch
 from torch import Tensor
 
 from moe_compress.errors import UserError
-
-# A log-probability whose exponential is 0 in fp32, and which, unlike minus infinity, may be multiplied by it.
-_NO_MASS = -1e4
 
 
 class _Targets:
@@ -83,17 +79,6 @@ class SparseTargets(_Targets):
     def logits(self) -> Tensor:
         """The raw logits of the k tokens, fp32 `[..., k]`."""
         return self.log_probs + self.logsumexp.unsqueeze(-1)
-
-    def cut(self, vocab_size: int) -> SparseTargets:
-        """Without the ids from `vocab_size` on, which must be padding: where one is among the k it becomes a copy of
-        the most probable token with no mass."""
-        outside = self.indices >= vocab_size
-        return replace(
-            self,
-            indices=torch.where(outside, self.indices[..., :1], self.indices),
-            log_probs=self.log_probs.masked_fill(outside, _NO_MASS),
-            vocab_size=vocab_size,
-        )
 
 
 @dataclass(frozen=True)
