@@ -6,9 +6,10 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from moe_compress.errors import UserError
-from moe_compress.evaluation import evaluate, measure
+from moe_compress.evaluation import evaluate, machine, measure
 from moe_compress.evaluation.evaluate import evaluate_run
 from moe_compress.evaluation.evaluator import teacher_path
 from moe_compress.evaluation.extras import measure_speed
@@ -109,6 +110,58 @@ def test_the_same_model_measures_the_same(config, student_dir, teacher_dir, tmp_
     first, second = (evaluate_model(student_dir, "student", 0, config, teacher) for _ in range(2))
     timing = {"seconds", "time"}
     assert {k: v for k, v in first.items() if k not in timing} == {k: v for k, v in second.items() if k not in timing}
+
+
+def test_samples_and_speed_that_fail_cost_a_line_and_are_tried_again(make_run, monkeypatch, capsys):
+    def fail(run, paths):
+        raise RuntimeError("no memory\nmore")
+
+    monkeypatch.setattr(evaluate, "write_sample_file", fail)
+    monkeypatch.setattr(evaluate, "measure_speed", lambda run, paths: timed.append(paths))
+    run, timed = make_run(0), []
+    evaluate_run(run)
+    assert "writing samples failed: RuntimeError: no memory more" in capsys.readouterr().out
+    monkeypatch.setattr(evaluate, "write_sample_file", lambda run, paths: None)
+    for _ in range(2):
+        evaluate_run(run)
+    assert len(timed) == 2 and keys(run) == [("teacher", 0), ("student", 0)]
+
+
+def test_a_task_that_was_lost_is_said_and_tried_again(make_run, fast_speed, monkeypatch):
+    results = [{"acc": 0.5}, {"error": "no network"}]
+    monkeypatch.setattr(measure, "run_tasks", lambda *_: {"wikitext": results[min(len(keys(run)), 1)]})
+    run = make_run(0)
+    run.config.evaluation.metric = "wikitext.acc"
+    with pytest.raises(UserError, match="^task wikitext could not be measured: no network"):
+        evaluate_run(run)
+    assert (run.evals_dir / "samples.json").exists()
+    results[1] = {"acc": 0.4}
+    evaluate_run(run)
+    assert keys(run) == [("teacher", 0), ("student", 0), ("student", 0)]
+    assert (run.path / "best").exists()
+
+
+@pytest.fixture
+def quick_timing(monkeypatch):
+    from moe_compress.evaluation import extras
+
+    for name in ("model_speed", "layer_speed"):
+        monkeypatch.setattr(extras, name, lambda *args, **kwargs: {})
+
+
+def test_all_that_is_timed_is_on_one_device(make_run, quick_timing, monkeypatch):
+    # As with two GPUs: what is loaded takes memory from the first.
+    devices = iter(["cpu", "meta", "meta"])
+    monkeypatch.setattr(machine, "choose_device", lambda config: torch.device(next(devices)))
+    run = make_run(0)
+    measure_speed(run, {("student", 0): run.checkpoint(0), ("svd", 0): run.checkpoint(0)})
+    assert json.loads((run.evals_dir / "speed.json").read_text())["device"] == "cpu"
+
+
+def test_the_original_is_timed_and_not_another_teacher(make_run, quick_timing, tmp_path):
+    run = make_run(0)
+    measure_speed(run, {("teacher", 0): tmp_path / "dense", ("student", 0): run.checkpoint(0)})
+    assert (run.evals_dir / "speed.json").exists()
 
 
 def test_speed_is_measured_side_by_side(make_run, monkeypatch):

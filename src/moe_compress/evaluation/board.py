@@ -20,6 +20,7 @@ from moe_compress.evaluation.results import (
     Record,
     best_name,
     latest_results,
+    lost_tasks,
     metrics_of,
     read_results,
     settings_fingerprint,
@@ -80,11 +81,7 @@ def line_of(state: State) -> str:
         return f"  {name} is waiting"
     metrics = ", ".join(f"{metric} {value:.4g}" for metric, value in metrics_of(state.record).items())
     seconds = f" ({state.record['seconds']:.0f} s)" if "seconds" in state.record else ""
-    lost = [
-        f"\n  task {task} not measured: {entry['error']}"
-        for task, entry in state.record.get("tasks", {}).items()
-        if "error" in entry
-    ]
+    lost = [f"\n  task {task} not measured: {error}" for task, error in lost_tasks(state.record).items()]
     return f"  {name}: {metrics}{seconds}{''.join(lost)}"
 
 

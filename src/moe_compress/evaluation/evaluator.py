@@ -22,6 +22,7 @@ from moe_compress.evaluation.results import (
     choose_best,
     latest_results,
     link_best,
+    lost_tasks,
     read_results,
     settings_fingerprint,
 )
@@ -61,7 +62,8 @@ class Evaluator:
     def __init__(
         self, run: Run, say: Callable[[str], None] = print, *, retry_errors: bool = False, device: str = ""
     ) -> None:
-        """`retry_errors`: whether what failed before is tried again (once); `device`: what the claims say."""
+        """`retry_errors`: whether what failed before, in whole or for a task, is tried again (once); `device`: what the
+        claims say."""
         self.run = run
         self.say = say
         self.settings = settings_fingerprint(run.config)
@@ -123,7 +125,8 @@ class Evaluator:
         record = latest.get(target.key)
         if record is None:
             return False
-        return "error" not in record or target.key in self._attempted or not self._retry_errors
+        failed = "error" in record or lost_tasks(record)
+        return not failed or target.key in self._attempted or not self._retry_errors
 
 
 def run_targets(run: Run) -> list[Target]:
@@ -179,17 +182,39 @@ def update_best(run: Run) -> None:
 
 def failure(target: Target, error: Exception, settings: str) -> Record:
     """The record of a target that could not be measured."""
-    text = " ".join(str(error).split()) or type(error).__name__
     if not target.path.exists():
-        text = f"{target.path} was deleted before it was measured"
+        error = UserError(f"{target.path} was deleted before it was measured")
     return {
         "model": target.model,
         "step": target.step,
         "path": str(target.path),
-        "error": text if isinstance(error, UserError) else f"{type(error).__name__}: {text}",
+        "error": error_text(error),
         "settings": settings,
         "time": round(time.time(), 1),
     }
+
+
+def error_text(error: Exception) -> str:
+    """An error in one line, with its type unless it is the user's mistake."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}".removesuffix(": ")
+
+
+def require_measured(run: Run, records: Iterable[Record]) -> None:
+    """Name what could not be measured.
+
+    Raises:
+        UserError: one of the records is of a failure, or lacks a task.
+    """
+    failed: dict[str, str] = {}
+    for record in records:
+        if "error" in record:
+            failed[f"{record['model']} at step {record['step']}"] = record["error"]
+        for task, error in lost_tasks(record).items():
+            failed[f"task {task}"] = error
+    if failed:
+        error = next(iter(failed.values()))
+        raise UserError(f"{', '.join(failed)} could not be measured: {error} (all else was, see {run.evals_dir})")
 
 
 def free_memory() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_compress.evaluation.layer_forms import cut_to_aligned_ranks, random_layer, same_bytes_layouts
-from moe_compress.evaluation.machine import describe_machine
+from moe_compress.evaluation.machine import describe_machine, placement
 from moe_compress.evaluation.measure import load
 from moe_compress.evaluation.model_speed import model_speed
 from moe_compress.evaluation.results import Key, jsonable
@@ -23,6 +23,7 @@ from moe_compress.modeling import (
     find_shared_cores,
     fold_in_memory,
     load_tokenizer,
+    resolve_model_path,
 )
 
 if TYPE_CHECKING:
@@ -78,32 +79,35 @@ def write_sample_file(run: Run, paths: Mapping[Key, Path]) -> None:
 def measure_speed(run: Run, paths: Mapping[Key, Path]) -> None:
     """Write `RUN/evals/speed.json`: the first MoE layer and the whole model, original, shared core and SVD interleaved.
 
-    Where the run has no SVD baseline, its layer is made of random factors of the same bytes, and said to be.
+    Where the run has no SVD baseline, its layer is made of random factors of the same bytes, and said to be. The
+    original is `model.name`, whose layers the others have, also where the run has another teacher.
     """
     student, svd = last_step(paths, "student"), last_step(paths, "svd")
     assert student is not None
     machine = describe_machine()
-    used = {"teacher": paths["teacher", 0], "student": paths[student]} | ({"svd": paths[svd]} if svd else {})
+    original = resolve_model_path(run.config.model.name, run.config.model.revision)
+    used = {"original": original, "student": paths[student]} | ({"svd": paths[svd]} if svd else {})
     made_from = fingerprint([{name: str(path) for name, path in used.items()}, machine, run.config.model.dtype])
     target = run.evals_dir / "speed.json"
     if _made_from(target) == made_from:
         return
-    models = {name: load(path, run.config) for name, path in used.items()}
+    placed = placement(run.config)  # once: after a first model another GPU has the most free memory
+    models = {name: load(path, run.config, placed) for name, path in used.items()}
     compressed = {OURS: models["student"]} | ({SVD: models["svd"]} if svd else {})
     for model in compressed.values():
         fold_in_memory(model)
     if svd:
         cut_to_aligned_ranks(compressed[SVD])
-    facts = find_experts(models["teacher"])[0]
+    facts = find_experts(models["original"])[0]
     layers = {name: find_shared_cores(model)[facts.name] for name, model in compressed.items()}
     if not svd:
         layers[SVD] = random_layer(facts.module, same_bytes_layouts(layers[OURS])[SVD], run.config.seed)
-    top_k = experts_per_token(models["teacher"], facts.name)
+    top_k = experts_per_token(models["original"], facts.name)
     speed = {
         "made_from": made_from,
         "machine": machine,
-        "device": str(models["teacher"].device),
-        "dtype": str(models["teacher"].dtype).removeprefix("torch."),
+        "device": str(models["original"].device),
+        "dtype": str(models["original"].dtype).removeprefix("torch."),
         "svd_values": "baseline" if svd else "random",
         "layer": {
             "module": facts.name,
@@ -114,7 +118,7 @@ def measure_speed(run: Run, paths: Mapping[Key, Path]) -> None:
             "layouts": {name: layer.layout for name, layer in layers.items()},
             "rows": layer_speed(facts.module, layers, top_k=top_k, seed=run.config.seed),
         },
-        "model": model_speed(models["teacher"], compressed, seed=run.config.seed),
+        "model": model_speed(models["original"], compressed, seed=run.config.seed),
     }
     write_json(target, jsonable(speed))
 

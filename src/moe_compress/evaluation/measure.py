@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,13 @@ from moe_compress.evaluation.teacher_text import TeacherText
 from moe_compress.modeling import count_parameters, load_model, load_tokenizer
 
 
-def load(path: str | Path, config: Config) -> Any:
-    """A model where the settings want it, in the type they want."""
+def load(path: str | Path, config: Config, placed: Mapping[str, Any] | None = None) -> Any:
+    """A model in the type that the settings want, where they want it, or where `placed` (a `placement`) says."""
     return load_model(
-        path, dtype=config.model.dtype, trust_remote_code=config.model.trust_remote_code, **placement(config)
+        path,
+        dtype=config.model.dtype,
+        trust_remote_code=config.model.trust_remote_code,
+        **(placement(config) if placed is None else placed),
     )
 
 
