@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_compress.errors import UserError
 from moe_compress.factorization import grams, shrink_grams
@@ -54,6 +55,31 @@ def test_norm_of_the_metric_is_that_of_the_outputs(monkeypatch):
     torch.testing.assert_close(metric.root @ metric.root.mT, metric.gram)
     torch.testing.assert_close((metric.apply(change, experts) * change).sum((1, 2)).double(), norms)
     torch.testing.assert_close(metric.unwhiten(metric.whiten(change, experts), experts), change)
+
+
+def test_with_out_grams_one_expert_at_a_time_is_in_fp64():
+    """The norm is that of the input matrices over the traces of the output matrices, never there as a whole."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, gradients = torch.randn(5, 40, 12, generator=generator), torch.randn(5, 40, 7, generator=generator)
+    gram, out_gram = inputs.mT @ inputs, gradients.mT @ gradients
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            for made in result if isinstance(result, tuple) else (result,):
+                if isinstance(made, torch.Tensor) and made.dtype == torch.float64:
+                    largest = max(largest, made.numel())
+            return result
+
+    with Watch():
+        metric = Metric(gram, out_gram)
+    assert largest == 12 * 12
+    traces = out_gram.diagonal(dim1=1, dim2=2).double().sum(1)
+    divided = Metric(gram.double() / traces[:, None, None])
+    assert torch.equal(metric.gram, divided.gram) and torch.equal(metric.root, divided.root)
+    assert metric.unit == pytest.approx(divided.unit * Metric(out_gram).unit, rel=1e-12)
 
 
 def test_without_gram_the_norm_is_frobenius():

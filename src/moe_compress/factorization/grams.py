@@ -70,13 +70,13 @@ class Metric:
         self.unit = 1.0
         if gram is None:
             return
+        traces = None
         if out_gram is not None:
             # Otherwise the weight of an expert's tokens would count twice, in both sums.
             traces = out_gram.diagonal(dim1=1, dim2=2).double().sum(1)
             traces = traces.clamp_min(_DAMPING * float(traces.mean()))
-            gram = gram.double() / traces[:, None, None]
             self.out_gram, self.out_root, self.unit = _roots(out_gram)
-        self.gram, self.root, scale = _roots(gram)
+        self.gram, self.root, scale = _roots(gram, traces)
         self.unit *= scale
 
     def select(self, experts: Tensor) -> Metric:
@@ -122,24 +122,29 @@ class Metric:
         return self.whiten(matrix, experts).square().sum((1, 2), dtype=torch.float64)
 
 
-def _roots(gram: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Gram matrices [E, n, n], scaled and damped, and their Cholesky factors, fp32; and by what they were divided."""
+def _roots(gram: Tensor, divisors: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
+    """Gram matrices [E, n, n], scaled and damped, and their Cholesky factors, fp32; and by what they were divided.
+
+    Each is first divided by one of the `divisors` [E], if there are any. In fp64 there is one at a time.
+    """
+    if divisors is None:
+        divisors = torch.ones(len(gram), dtype=torch.float64, device=gram.device)
     if not bool(torch.isfinite(gram).all()):
         raise UserError("the Gram matrices of the calibration hold NaN or infinity: check the model's activations")
-    diagonal = gram.diagonal(dim1=1, dim2=2).double().mean(1)
+    diagonal = (gram.diagonal(dim1=1, dim2=2).double() / divisors[:, None]).mean(1)
     if float(diagonal.mean()) <= 0:
         raise UserError("the Gram matrices of the calibration are all zero: calibrate on more text")
     scale = float(diagonal.mean())
     scaled = torch.empty(gram.shape, dtype=torch.float32, device=gram.device)
     root = torch.empty_like(scaled)
     for expert in range(gram.shape[0]):
-        scaled[expert], root[expert] = _damped(gram[expert], scale)
+        scaled[expert], root[expert] = _damped(gram[expert].double() / divisors[expert], scale)
     return scaled, root, scale
 
 
 def _damped(gram: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """One Gram matrix scaled and damped until it has a Cholesky factor, and that factor; both fp64."""
-    gram = (gram.double() + gram.double().mT) / (2 * scale)
+    """One Gram matrix in fp64, scaled and damped until it has a Cholesky factor, and that factor."""
+    gram = (gram + gram.mT) / (2 * scale)
     mean = float(gram.diagonal().mean())
     damping = _DAMPING * max(mean, _DAMPING)
     while True:
