@@ -49,6 +49,24 @@ def test_a_card_is_what_the_hub_reads(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("cores", "basis", "calibrated", "form"),
+    [
+        ((0, 0), 0, False, "low-rank factors of its own, fitted by closed_form on the weights alone."),
+        ((1, 1), 0, True, "of its own beside a core shared by all experts, fitted by closed_form on what the experts"),
+        ((4, 1), 0, True, "of its own beside a core shared by a group of experts, fitted"),
+        ((0, 0), 8, True, "of its own, some on a basis of the inputs that all experts of the layer share, fitted"),
+        ((0, 1), 8, True, "of its own, some beside a core shared by all experts, some on a basis of the inputs that"),
+    ],
+)
+def test_a_card_says_what_the_experts_became(cores, basis, calibrated, form):
+    facts = {**compression(0.25), "calibrated": calibrated}
+    for layer in facts["layers"].values():
+        up, down = ({**own, "cores": number} for own, number in zip(layer["projections"].values(), cores, strict=True))
+        layer["projections"] = {"gate_up_proj": {**up, "basis": basis}, "down_proj": {**down, "basis": 0}}
+    assert form in model_card(facts, {}, title="x")
+
+
+@pytest.mark.parametrize(
     "text", [None, "# no metadata", "---\n[broken\n---\n", "---\n- a list\n---\n", "x\n---\na: 1\n---"]
 )
 def test_an_original_without_metadata(tmp_path, text):

@@ -116,16 +116,19 @@ tokenizer = AutoTokenizer.from_pretrained(".")
 def _what(compression: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
     original = metadata.get("base_model") or Path(str(compression["model"])).name
     layers = compression["layers"]
-    cores = {own["cores"] for layer in layers.values() for own in layer["projections"].values()}
-    sharing = "all experts" if max(cores) == 1 else "a group of experts"
-    form = "low-rank factors of its own" if cores == {0} else f"a core shared by {sharing} and a low-rank delta"
-    data = (
-        "weighed by what the experts see on calibration text" if compression["calibrated"] else "on the weights alone"
-    )
+    projections = [own for layer in layers.values() for own in layer["projections"].values()]
+    cores = {own["cores"] for own in projections}
+    form = "low-rank factors of its own"
+    if cores != {0}:
+        sharing = "all experts" if max(cores) == 1 else "a group of experts"
+        form += f"{', some' if 0 in cores else ''} beside a core shared by {sharing}"
+    if any(own.get("basis") for own in projections):
+        form += ", some on a basis of the inputs that all experts of the layer share"
+    data = "what the experts see on calibration text" if compression["calibrated"] else "the weights alone"
     return (
         f"`{original}` ({compression['architecture']}), its experts compressed by moe-compress: in {len(layers)} MoE "
-        f"layers each expert became {form}, fitted by {compression['method']}{data}. All other weights are those of "
-        "the original, unless a section on distillation below says otherwise."
+        f"layers each expert became {form}, fitted by {compression['method']} on {data}. All other weights are those "
+        "of the original, unless a section on distillation below says otherwise."
     )
 
 
