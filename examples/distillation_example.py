@@ -4,8 +4,8 @@
 
 Everything it needs comes with the package: the model is the reference MoE, the text the standard library of Python.
 Interrupt it and start it again: every stage goes on where it was. A longer training is a matter of settings, such as
-`distillation.dataset.max_samples=1600`; the commands `moe-compress compress`, `teacher-logits`, `distill` and
-`evaluate` do the same.
+`distillation.stages.1.steps=300 distillation.dataset.max_samples=1600`, in another run directory; the commands
+`moe-compress compress`, `teacher-logits`, `distill` and `evaluate` do the same.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from moe_compress.run import Run
 
 def main(directory: str = "runs/example", *overrides: str) -> None:
     # Settings are dataclasses, made from a preset and overrides as on the command line, and may be changed in code.
-    config = settings.compose(["model=reference", "distillation.dataset.max_samples=160", *overrides])
+    config = settings.compose(["model=reference", "distillation.dataset.max_samples=160"])
     config.compression.target_ratio = 0.25
     config.evaluation.limit = 20
     config.distillation.training.save_steps = 20
@@ -34,6 +34,7 @@ def main(directory: str = "runs/example", *overrides: str) -> None:
         StageConfig(name="factors", trainable=[r"\.experts\."], steps=20, learning_rate=1e-3, warmup_steps=5),
         StageConfig(name="everything", trainable=[".*"], steps=20, learning_rate=5e-4, warmup_steps=5),
     ]
+    config = settings.compose(overrides, base=config)  # what the caller gives wins
 
     # A run freezes its settings in a directory, where every stage finds what the one before left.
     run = Run.create(Path(directory), config)
