@@ -118,6 +118,16 @@ def test_a_frozen_setting_is_refused(recorder: Recorder, capsys: pytest.CaptureF
     assert len(recorder.calls) == 1
 
 
+def test_a_default_preset_is_no_silent_nothing_on_a_frozen_run(
+    recorder: Recorder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compress", "run=r", "evaluation=harness", "distillation=router_only"]) == 0
+    assert main(["teacher-logits", "run=r", "distillation=default"]) == 0  # no stage has used it yet
+    assert yaml.safe_load(Path("r/config.yaml").read_text())["distillation"]["stages"] == []
+    assert main(["evaluate", "run=r"]) == 0
+    assert "evaluation.tasks is frozen at" in error_of(capsys, "evaluate", "run=r", "evaluation=default")
+
+
 def test_an_interruption_exits_with_130(recorder: Recorder, capsys: pytest.CaptureFixture[str]) -> None:
     recorder.error = KeyboardInterrupt()
     assert main(["compress", "run=r"]) == 130

@@ -293,3 +293,12 @@ def test_on_frozen_settings_only_named_presets_apply() -> None:
     model = settings.compose(["model=reference"], base=base)
     assert (model.model.name, model.compression.target_ratio) == ("reference", None)
     assert settings.compose(["data=wikitext"], base=base).distillation.dataset.name == "Salesforce/wikitext"
+
+
+def test_a_named_default_takes_back_what_other_presets_have_set() -> None:
+    defaults = [f"{group}=default" for group in ("compression", "distillation", "evaluation")]
+    base = settings.compose(["compression=adam", "distillation=router_only", "evaluation=harness", "seed=3"])
+    assert asdict(settings.compose(defaults, base=base)) == asdict(settings.compose([*defaults, "seed=3"]))
+    base.compression.target_ratio = 0.5  # of no preset of the group
+    assert settings.compose(defaults, base=base).compression.target_ratio == 0.5
+    assert settings.compose([*defaults, "compression.cores=2"], base=base).compression.cores == 2

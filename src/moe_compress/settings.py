@@ -32,6 +32,7 @@ from moe_compress.schema import (
     describe_type,
     fields_of,
     find,
+    flatten,
     is_mapping,
     is_text,
     known_keys,
@@ -62,7 +63,8 @@ def compose(overrides: Sequence[str] = (), *, base: Config | None = None, file: 
     """Compose, resolve and check the settings.
 
     Later sources win: defaults of the schema, presets, `file`, overrides. With `base` (a frozen run), its values take
-    the place of the defaults and only the presets that `overrides` name are applied.
+    the place of the defaults and only the presets that `overrides` name are applied; `group=default` among
+    them takes what any preset of its group sets back to the schema.
 
     Args:
         overrides: `key=value` in Hydra's syntax, `group=preset`, or `model=` a path or hub id.
@@ -213,10 +215,23 @@ def _preset_values(chosen: Mapping[str, str], *, fresh: bool) -> Iterator[dict[s
         yield _hydra("config", *chosen.items())
         return
     others = [(group, name) for group, name in chosen.items() if group != "model"]
+    for group, name in others:
+        if name == "default":  # it sets nothing by itself, and must not leave what another preset has set
+            yield _set_by_presets(group)
     if "model" in chosen:
         yield {"model": _hydra("config", ("model", chosen["model"])).get("model", {})}
     if others:
         yield _hydra("frozen", *others)
+
+
+def _set_by_presets(group: str) -> dict[str, Any]:
+    """The settings that any preset of a group sets, by dotted key, with the values of the schema."""
+    nodes = [OmegaConf.create(_hydra("frozen", (group, name))) for name in presets(group)]
+    return {
+        key: value
+        for key, value in flatten(Config()).items()
+        if key.startswith(f"{group}.") and any(OmegaConf.select(node, key, default=...) is not ... for node in nodes)
+    }
 
 
 @cache
