@@ -325,7 +325,9 @@ class EvaluationConfig:
         [], "Devices of the evaluator, for watch one worker process each; empty takes the freest GPU, or the CPU."
     )
     gpus_per_model: int = setting(1, "GPUs that share one model.")
-    baseline: bool = setting(False, "Also compress, distil and measure plain per-expert SVD at the same bytes.")
+    baseline: bool = setting(
+        False, "With `run` alone: also compress, distil and measure plain per-expert SVD at the same bytes."
+    )
     loop_samples: int = setting(
         16, "Held-out beginnings continued at a low temperature to count texts that end in a loop; 0 leaves it out."
     )
