@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,11 +29,13 @@ def names(path: Path) -> set[str]:
 def test_has_the_names_and_config_of_the_original(
     saved: Path, tiny_model: Callable[..., Any], architecture: str, ids: Tensor, tmp_path: Path
 ) -> None:
-    (saved / "tokenizer.json").write_text("{}")
-    try:
-        output = export_dense(saved, tmp_path / "dense")
-    finally:
-        (saved / "tokenizer.json").unlink()
+    beside = ["tokenizer.json", "tekken.json", "spiece.model", "tokenization_own.py", "LICENSE"]
+    beside.append("additional_chat_templates/tools.jinja")
+    source = shutil.copytree(saved, tmp_path / "source")
+    for name in [*beside, "training_args.bin"]:
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text("{}")
+    output = export_dense(source, tmp_path / "dense")
     assert output == tmp_path / "dense"
     original = tiny_model(architecture)
     original.save_pretrained(tmp_path / "original")
@@ -40,7 +43,7 @@ def test_has_the_names_and_config_of_the_original(
     dense, plain = (json.loads((path / "config.json").read_text()) for path in (output, tmp_path / "original"))
     assert dense == plain
     assert "saves no memory" in (output / "README.md").read_text()
-    assert (output / "tokenizer.json").exists()
+    assert all((output / name).read_text() == "{}" for name in beside) and not (output / "training_args.bin").exists()
     loaded = load_model(output)
     assert [type(module) for module in loaded.modules()] == [type(module) for module in original.modules()]
     with torch.no_grad():

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
@@ -196,6 +197,8 @@ def test_hub_ids_are_downloaded_without_pickles(
     assert (asked["repository"], asked["revision"]) == ("someone/something", "main")
     assert "*.safetensors" in asked["allow_patterns"]
     assert not any("bin" in pattern for pattern in asked["allow_patterns"])
+    files = ["README.md", "LICENSE", "LICENSE.md", "NOTICE", "tekken.json", "docs/README.md"]
+    assert list(filter_repo_objects(files, allow_patterns=asked["allow_patterns"])) == files[:-1]
 
 
 def test_offline_hub_ids_say_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,6 @@ from moe_compress.errors import UserError, first_line
 from moe_compress.modeling import resolve_model_path
 from moe_compress.modeling.checkpoint import read_config
 
-_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot"}
-_COPIED_DIRECTORIES = ("additional_chat_templates",)
-
 
 @dataclass(frozen=True)
 class SourceModel:
@@ -33,20 +30,6 @@ class SourceModel:
     checkpoint: Checkpoint
     map: ModelMap
     dequantized: bool = False
-
-    def side_files(self) -> list[Path]:
-        """Everything of the directory that is neither weights nor config.json, relative to it, sorted."""
-        files = [file for file in self.path.iterdir() if file.is_file()]
-        for directory in _COPIED_DIRECTORIES:
-            files.extend(file for file in (self.path / directory).rglob("*") if file.is_file())
-        return sorted(
-            file.relative_to(self.path)
-            for file in files
-            if file.suffix not in _WEIGHT_SUFFIXES
-            and not file.name.endswith(".index.json")
-            and not file.name.startswith(".")
-            and file.name != "config.json"
-        )
 
 
 def open_model(settings: ModelConfig) -> SourceModel:

@@ -7,7 +7,6 @@ and what `compression.json` reports can be read back from the shards.
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from moe_compress.factorization import Factors
 from moe_compress.files import fingerprint, write_json
 from moe_compress.modeling import SharedCoreConfig
 from moe_compress.modeling.checkpoint import INDEX_FILE
+from moe_compress.modeling.side_files import copy_side_files
 from moe_compress.modeling.tensors import Layout, factors_from_tensors
 
 SHARD_BYTES = 5_000_000_000  # of copied tensors
@@ -128,9 +128,7 @@ class CheckpointWriter:
         for file in self.directory.glob("model-*.safetensors"):  # of an attempt with other settings
             if file not in shards:
                 file.unlink()
-        for side_file in self.source.side_files():
-            (self.directory / side_file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self.source.path / side_file, self.directory / side_file)
+        copy_side_files(self.source.path, self.directory)
         metadata = {"total_parameters": parameters, "total_size": size}
         write_json(self.directory / INDEX_FILE, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
         write_json(self.directory / "config.json", self._config(plan, records))

@@ -13,7 +13,10 @@ from moe_compress.errors import UserError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-_DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
+_DOWNLOADED = [
+    *("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"),
+    *("README.md", "LICENSE*", "NOTICE*"),  # the card of a compressed model tells its license, whose text comes along
+]
 
 
 def resolve_model_path(name: str | Path, revision: str | None = None) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +14,11 @@ from moe_compress.modeling.conversions import DENSE_CONVERSIONS
 from moe_compress.modeling.experts import SharedCoreExperts, copy_attributes, find_shared_cores
 from moe_compress.modeling.find import to_native
 from moe_compress.modeling.load import load_model, resolve_model_path
-
-# What belongs to the tokenizer and processor, by name; weights, config.json, README and training state do not.
-_COPIED = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.tiktoken",
-    "chat_template*",
-    "preprocessor_config.json",
-    "processor_config.json",
-)
+from moe_compress.modeling.side_files import copy_side_files
 
 _README = """# Dense export of a compressed model
 
-The experts of this checkpoint were written out in full from one shared core and low-rank factors per layer
+The experts of this checkpoint were written out in full from low-rank factors and what these share
 (moe-compress, from `{source}`). It has the original architecture and loads in anything that loads the original,
 without moe-compress.
 
@@ -48,7 +35,7 @@ def export_dense(
     trust_remote_code: bool = False,
     max_shard_size: str = "5GB",
 ) -> Path:
-    """Write a compressed checkpoint as one of its original architecture, tokenizer and README included.
+    """Write a compressed checkpoint as one of its original architecture, tokenizer, license and a README included.
 
     The whole dense model is held in memory.
 
@@ -74,10 +61,7 @@ def export_dense(
     materialize_in_memory(model)
     with directory_in_progress(output) as partial:
         model.save_pretrained(partial, max_shard_size=max_shard_size)
-        for pattern in _COPIED:
-            for file in source.glob(pattern):
-                if file.is_file():
-                    shutil.copy2(file, partial / file.name)
+        copy_side_files(source, partial)
         (partial / "README.md").write_text(_README.format(source=source.name), encoding="utf-8")
     return output
 
