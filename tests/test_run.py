@@ -186,6 +186,16 @@ def test_a_stage_says_which_one_it_needs(path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("alone", ["distillation.loss.alpha=0", "distillation=blockwise_first"])
+def test_a_distillation_needs_no_cache_that_it_will_not_read(path: Path, alone: str) -> None:
+    stage("compress", path)
+    assert "teacher-logits" in refusal("distill", path)
+    if "blockwise" in alone:
+        assert "teacher-logits" in refusal("distill", path, alone)
+        alone = "distillation.stages=[{kind: blockwise, steps: 3}]"
+    open_run("distill", [f"run={path}", alone])
+
+
 def test_manifest(path: Path) -> None:
     run = open_run("compress", [f"run={path}"])
     with run.stage("compress"):

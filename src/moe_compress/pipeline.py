@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from moe_compress.config import Config
+from moe_compress.distillation.stages import reads_cache
 from moe_compress.run import Run
 from moe_compress.settings import compose
 
@@ -12,7 +13,7 @@ BASELINE = "baseline_svd"
 
 
 def run_all(run: Run) -> None:
-    """Compress, write teacher logits, distil, evaluate and report; stages that are finished are passed over.
+    """Compress, write teacher logits if they are read, distil, evaluate and report; finished stages are passed over.
 
     With `evaluation.baseline` the same is done, before the evaluation, for per-expert SVD without a core at the same
     expert bytes, with the same calibration and the same distillation from the same cache, in `RUN/baseline_svd`.
@@ -23,7 +24,7 @@ def run_all(run: Run) -> None:
     from moe_compress.report import write_report
 
     compress(run)
-    if run.config.distillation.teacher.use_cached_logits:
+    if reads_cache(run.config.distillation):
         generate_teacher_logits(run)
     distill(run)
     if run.config.evaluation.baseline:

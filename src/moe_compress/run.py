@@ -20,6 +20,7 @@ from typing import Any
 
 from moe_compress import settings
 from moe_compress.config import Config
+from moe_compress.distillation.stages import reads_cache
 from moe_compress.errors import UserError
 from moe_compress.files import fingerprint
 from moe_compress.freeze import (
@@ -207,9 +208,8 @@ class Run:
         Raises:
             UserError: which stage is missing and the command that runs it.
         """
-        teacher = self.config.distillation.teacher
-        needs = list(STAGES[stage].needs)
-        if stage == "distill" and teacher.use_cached_logits and teacher.cache_dir is None:
+        distillation, needs = self.config.distillation, list(STAGES[stage].needs)
+        if stage == "distill" and reads_cache(distillation) and distillation.teacher.cache_dir is None:
             needs.append("teacher-logits")
         for need in needs:
             if not self.finished(need):

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
-from moe_compress.config import Config
 from moe_compress.data import rows_in_memory
 from moe_compress.distillation.arguments import check_training, training_arguments
 from moe_compress.distillation.balance import balance_factors
@@ -32,7 +31,7 @@ from moe_compress.distillation.live import LiveTeacher
 from moe_compress.distillation.parameters import ParameterGroup, group_table, parameter_groups, set_trainable
 from moe_compress.distillation.reader import TeacherCache
 from moe_compress.distillation.spikes import RollBack, SpikeDetector, skipped_steps
-from moe_compress.distillation.stages import Stage, resolve_stages
+from moe_compress.distillation.stages import Stage, compares_layers, needs_teacher, reads_cache, resolve_stages
 from moe_compress.distillation.teachers import (
     CachedTeacher,
     TeacherSource,
@@ -46,6 +45,7 @@ from moe_compress.distillation.trackers import tracker_name, tracking
 from moe_compress.distillation.trainer import TRAIN_LOG, DistillationTrainer
 from moe_compress.errors import UserError
 from moe_compress.files import write_atomically, write_json
+from moe_compress.freeze import CONFIG_NAME
 from moe_compress.modeling import load_tokenizer
 from moe_compress.torchrun import rank, world_size
 
@@ -73,7 +73,6 @@ def distill(run: Run) -> None:
 
 def _distill(run: Run) -> None:
     config = run.config
-    training = config.distillation.training
     checkpoints = run.checkpoints()
     if not checkpoints or checkpoints[0][0] != 0:
         raise UserError(f"{run.checkpoint(0)} does not exist or is not complete; run `moe-compress compress` first")
@@ -81,9 +80,9 @@ def _distill(run: Run) -> None:
     if config.fsdp.enabled and not torch.cuda.is_available():
         _say("note: accelerate shards on GPUs only; here every rank holds the whole model")
     source, teacher = _data_and_teacher(run)
-    per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * world_size()
-    stages = resolve_stages(config.distillation, sequences=len(source), sequences_per_step=per_step)
     latest = checkpoints[-1][0]
+    per_step = _sequences_per_step(run, resumed=latest > 0)
+    stages = resolve_stages(config.distillation, sequences=len(source), sequences_per_step=per_step)
     if latest > stages[-1].last_step:
         raise UserError(
             f"{run.path} has a checkpoint of step {latest}, beyond the {stages[-1].last_step} steps of its stages"
@@ -110,6 +109,23 @@ def _distill(run: Run) -> None:
         write_json(run.path / COMPLETE, facts)
         run.record("distill", **facts, seconds=round(time.perf_counter() - started, 1))
     _say(f"distillation: complete, checkpoint-{stages[-1].last_step}")
+
+
+def _sequences_per_step(run: Run, *, resumed: bool) -> int:
+    """Sequences of one optimizer step over all ranks, which must stay what they were: places in the data, and steps
+    that follow from epochs or tokens, are counted in them."""
+    training, processes = run.config.distillation.training, world_size()
+    batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    count = processes * accumulation * batch
+    before = run.facts("distill").get("sequences_per_step", count)
+    if resumed and count != before:
+        raise UserError(
+            f"{run.path} was trained on {before} sequences a step so far, and {processes} (processes) x {accumulation} "
+            f"(distillation.training.gradient_accumulation_steps) x {batch} (per_device_train_batch_size) are {count}; "
+            f"start as many processes as before, or set these two in {run.path / CONFIG_NAME} to make it {before} again"
+        )
+    run.record("distill", sequences_per_step=count)
+    return count
 
 
 def _train_blockwise(run: Run, stage: Stage, source: Any, per_step: int) -> None:
@@ -175,7 +191,7 @@ def _train_from(
         run=run,
         stage=stage,
         groups=groups,
-        teacher=teacher if stage.alpha > 0 or _compares_layers(config) else None,
+        teacher=teacher if stage.alpha > 0 or compares_layers(config.distillation.loss) else None,
         loss=config.distillation.loss,
         dtypes=dtypes,
         spikes=spikes,
@@ -222,24 +238,14 @@ def _order(run: Run, stage: Stage, source: Any, per_step: int, skipped: int) -> 
     return TrainingOrder(source, seed=run.config.seed, first=first, count=stage.steps * per_step)
 
 
-def _compares_layers(config: Config) -> bool:
-    return config.distillation.loss.router_weight > 0 or config.distillation.loss.hidden_weight > 0
-
-
 def _data_and_teacher(run: Run) -> tuple[Any, Callable[[], TeacherSource | None]]:
     """The sequences to train on, and what gives their teacher: from the cache, or a model, loaded when asked for."""
     config = run.config
     settings = config.distillation
-    alphas = [
-        settings.loss.alpha if stage.alpha is None else stage.alpha
-        for stage in settings.stages
-        if stage.kind == "train"
-    ]
-    needed = max(alphas, default=0.0 if settings.stages else settings.loss.alpha) > 0 or _compares_layers(config)
     tokenizer = load_tokenizer(str(run.checkpoint(0)), trust_remote_code=config.model.trust_remote_code)
     vocab_size = vocabulary_size(run.checkpoint(0), config)
-    if settings.teacher.use_cached_logits and needed:
-        if _compares_layers(config):
+    if reads_cache(settings):
+        if compares_layers(settings.loss):
             raise UserError(
                 "distillation.loss.router_weight and hidden_weight compare layers that a cache does not hold; set "
                 "distillation.teacher.use_cached_logits=false or both weights to 0"
@@ -249,7 +255,7 @@ def _data_and_teacher(run: Run) -> tuple[Any, Callable[[], TeacherSource | None]
         teacher = CachedTeacher(cache.encoder)
         return cache, lambda: teacher
     rows = rows_in_memory(settings.dataset, tokenizer, config.seed)
-    if not needed:
+    if not needs_teacher(settings):
         return rows, lambda: None
     path = teacher_path(config)
     teachers = load_tokenizer(str(path), trust_remote_code=config.model.trust_remote_code)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from moe_compress.config import DistillationConfig, StageConfig
+from moe_compress.config import DistillationConfig, LossConfig, StageConfig
 from moe_compress.errors import UserError
 
 T = TypeVar("T")
@@ -43,6 +43,23 @@ class Stage:
     def last_step(self) -> int:
         """The global step at which this stage is complete."""
         return self.first_step + self.steps
+
+
+def compares_layers(loss: LossConfig) -> bool:
+    """Whether a loss has terms that need the teacher's layers, which a cache does not hold."""
+    return loss.router_weight > 0 or loss.hidden_weight > 0
+
+
+def needs_teacher(config: DistillationConfig) -> bool:
+    """Whether a stage compares the student with the whole teacher, live or cached; block-wise ones never do."""
+    stages = config.stages or [StageConfig()]
+    alphas = [_either(stage.alpha, config.loss.alpha) for stage in stages if stage.kind == "train"]
+    return any(alpha > 0 or compares_layers(config.loss) for alpha in alphas)
+
+
+def reads_cache(config: DistillationConfig) -> bool:
+    """Whether the teacher's logits are read from the cache."""
+    return config.teacher.use_cached_logits and needs_teacher(config)
 
 
 def resolve_stages(config: DistillationConfig, *, sequences: int, sequences_per_step: int) -> list[Stage]:
