@@ -182,6 +182,19 @@ def test_gpu_ids_are_all_that_the_process_sees(recorder: Recorder) -> None:
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,3"
 
 
+def test_gpus_that_are_not_here_are_refused(
+    recorder: Recorder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert "gpu_ids=[0, 7] names GPUs that are not here" in error_of(capsys, "compress", "run=r", "gpu_ids=[0,7]")
+    assert recorder.calls == [] and not Path("r/config.yaml").exists()
+    assert main(["compress", "run=r", "gpu_ids=[7]"]) == 0
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)  # another machine
+    assert main(["report", "run=r"]) == 0, "it uses no GPU"
+    assert "give others, or gpu_ids=[]" in error_of(capsys, "evaluate", "run=r")
+    assert main(["evaluate", "run=r", "gpu_ids=[]"]) == 0
+
+
 def test_other_ranks_are_silent(recorder: Recorder, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     main(["compress", "run=r"])
     monkeypatch.setenv("RANK", "3")
@@ -196,7 +209,9 @@ def test_other_ranks_are_silent(recorder: Recorder, capsys: pytest.CaptureFixtur
     assert captured.err == "[rank 3] error: only here\n" and captured.out == ""
 
 
-def test_plan_and_bench_take_settings_of_a_run(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_and_bench_take_settings_of_a_run(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     seen: list[Config] = []
     monkeypatch.setitem(sys.modules, "moe_compress.compression", SimpleNamespace(plan=seen.append))
     monkeypatch.setitem(
@@ -213,6 +228,9 @@ def test_plan_and_bench_take_settings_of_a_run(recorder: Recorder, monkeypatch: 
         (5, preset),
     ]
     assert yaml.safe_load(Path("r/config.yaml").read_text())["compression"]["target_ratio"] == preset
+    for command in ("plan", "bench", "inspect", "settings"):
+        assert "typo is not a run directory" in error_of(capsys, command, "run=typo")
+    assert len(seen) == 3
 
 
 def test_evaluate_and_report_take_models_and_runs(

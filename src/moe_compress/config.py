@@ -350,7 +350,11 @@ class Config:
 
     experiment_name: str = setting("moe-compress", "Name of the run.")
     wandb_project: str = setting("moe-compression", "Project for wandb, when distillation.training.report_to names it.")
-    gpu_ids: list[int] = setting([], "GPUs that stages may use; empty means all.")
+    gpu_ids: list[int] = setting(
+        [],
+        "GPUs that stages may use, by their numbers on the machine whatever CUDA_VISIBLE_DEVICES says; empty means all "
+        "that are visible.",
+    )
     seed: int = setting(42, "Seed of every random choice.")
     run: str | None = setting(None, "Run directory; null is output.base_dir/experiment_name.")
     model: ModelConfig = setting(ModelConfig, "The model to compress.")

@@ -13,7 +13,6 @@ from moe_compress import settings
 from moe_compress.cli import pages
 from moe_compress.config import Config
 from moe_compress.errors import UserError
-from moe_compress.freeze import CONFIG_NAME
 from moe_compress.run import Run, open_run, run_path
 from moe_compress.stages import STAGES
 from moe_compress.torchrun import rank
@@ -115,9 +114,10 @@ def _stage(name: str) -> Callable[[argparse.Namespace], None]:
             if rank() != 0:  # rank 0 says it
                 raise SystemExit(2) from None
             raise
-        _use_gpus(run.config)
         extra = {"once": True} if getattr(options, "once", False) else {}
         try:
+            if STAGES[name].reads_key("gpu_ids"):
+                _use_gpus(run.config)
             STAGES[name].load()(run, **extra)
         except BaseException:
             run.discard_if_untouched()
@@ -248,7 +248,8 @@ def _cache(options: argparse.Namespace) -> None:
     if named is None and config.run is None:
         raise UserError(f"cache {action} needs a cache directory, or run=RUN")
     directory = named or Run(run_path(config), config).teacher_logits_dir
-    _use_gpus(config)
+    if action == "verify":
+        _use_gpus(config)
     from moe_compress.distillation import verify
 
     if action == "info":
@@ -275,12 +276,15 @@ def _taken_names(options: argparse.Namespace) -> list[str]:
 
 
 def _composed(options: argparse.Namespace) -> Config:
-    """The settings of a command that writes no run; with run=RUN, those of the run, changed at will."""
+    """The settings of a command that writes no run; with run=RUN, those of the run, changed at will.
+
+    Raises:
+        UserError: see `settings.compose`, or there is no such run.
+    """
     fresh = settings.compose(options.settings, file=options.config)
-    if fresh.run is None or not (run_path(fresh) / CONFIG_NAME).is_file():
+    if fresh.run is None:
         return fresh
-    base = settings.read(run_path(fresh) / CONFIG_NAME)
-    return settings.compose(options.settings, base=base, file=options.config)
+    return settings.compose(options.settings, base=Run.open(fresh.run).config, file=options.config)
 
 
 def _directory(path: Path) -> Path:
@@ -292,10 +296,19 @@ def _directory(path: Path) -> Path:
 
 
 def _use_gpus(config: Config) -> None:
-    """Show this process the GPUs of `gpu_ids` alone; must come before torch is imported."""
-    if config.gpu_ids:
-        os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, config.gpu_ids))
+    """Show this process the GPUs of `gpu_ids` alone; must come before torch is imported.
+
+    Raises:
+        UserError: one of them does not exist, for which CUDA would only show fewer, and the CPU take their place.
+    """
+    if not config.gpu_ids:
+        return
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, config.gpu_ids))
+    import torch
+
+    if torch.cuda.device_count() < len(config.gpu_ids):
+        raise UserError(f"gpu_ids={config.gpu_ids} names GPUs that are not here; give others, or gpu_ids=[] for all")
 
 
 COMMANDS: dict[str, Command] = {
