@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from moe_compress.compression import checkpoint, compress, plan
@@ -23,6 +24,7 @@ from moe_compress.config import Config
 from moe_compress.errors import UserError
 from moe_compress.modeling import find_experts
 from moe_compress.run import Run
+from tests.compression.runs import tensors_of
 
 Settings = Callable[..., Config]
 
@@ -153,6 +155,41 @@ def test_slower_layers_are_named(model_dir: Callable[[str], Path], settings: Set
     assert "2 of 2 MoE layers need more multiply-adds per token than before (1.08 times in model.layers.0" in printed(4)
     assert "turns faster at delta rank gate_up_proj 6, down_proj 6 or lower;" in printed(4)
     assert "multiply-adds" not in printed(3)
+
+
+def stored_in(path: Path, source: Path, dtypes: dict[str, torch.dtype]) -> Path:
+    """A copy of a model whose tensors are stored in the first type whose key is in their name."""
+    ignored = shutil.ignore_patterns("*.safetensors*", "*.bin")
+    shutil.copytree(source, path, ignore=ignored)
+    tensors = tensors_of(source)
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.to(next((dtype for part, dtype in dtypes.items() if part in name), tensor.dtype))
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+def test_experts_of_different_width_are_compressed_by_rank(
+    model_dir: Callable[[str], Path], settings: Settings, tmp_path: Path
+) -> None:
+    source = stored_in(tmp_path / "model", model_dir("olmoe"), {"layers.0.mlp.experts": torch.bfloat16})
+    run = Run.create(tmp_path / "run", settings(source))
+    compress(run)
+    stored = {name: tensor.dtype for name, tensor in tensors_of(run.checkpoint(0)).items() if ".mlp.experts." in name}
+    assert {name: torch.bfloat16 if ".0." in name else torch.float32 for name in stored} == stored
+    for changes in ({"target_ratio": 0.5}, {"allocation": "greedy"}, {"cores": "auto"}):
+        with pytest.raises(UserError, match="different width.*compression.rank, with target_ratio=null.*uniform"):
+            planned(settings(source, **changes))
+
+
+def test_biases_of_a_type_of_their_own_count_within_the_target(
+    model_dir: Callable[[str], Path], settings: Settings, tmp_path: Path
+) -> None:
+    source = stored_in(tmp_path / "model", model_dir("gpt_oss"), {"_bias": torch.float32, "experts": torch.bfloat16})
+    result = planned(settings(source, target_bytes=45_000, rank_multiple=1))
+    assert (
+        result.layers[0].bias_bytes_after == 4 * 8 * (32 + 32) and result.layers[0].projections[0].dtype == "bfloat16"
+    )
+    assert 0.9 * 45_000 < result.after.expert_bytes <= 45_000
 
 
 def test_refused_sizes(model_dir: Callable[[str], Path], settings: Settings) -> None:

@@ -85,13 +85,17 @@ def choose(layers: list[MoeLayer], config: Config) -> Choices:
     """What each projection becomes as far as headers tell: see `header_choices`.
 
     Raises:
-        UserError: the budget cannot be reached; the message names the nearest feasible ratio.
+        UserError: the budget cannot be reached (the message names the nearest feasible ratio), or cannot be counted.
     """
+    shapes, settings = shapes_of(layers), config.compression
+    width = original = 1  # a rank counts no bytes
+    if _target(settings, 0, 0) is not None or is_measured(settings, shapes):
+        width, original = value_width(layers, config), original_width(layers)
     return header_choices(
-        shapes_of(layers),
+        shapes,
         config,
-        bytes_per_value=value_width(layers, config),
-        original_bytes_per_value=original_width(layers),
+        bytes_per_value=width,
+        original_bytes_per_value=original,
         bias_bytes=_bias_bytes(layers, config),
     )
 
@@ -211,10 +215,10 @@ def original_width(layers: list[MoeLayer]) -> int:
 def _bias_bytes(layers: list[MoeLayer], config: Config) -> int:
     """Bytes of the experts' biases, which are stored as they are."""
     return sum(
-        experts * rows * stored_dtype(layer, projection, config).itemsize
+        experts * rows * stored_dtype(layer, f"{projection}_bias", config).itemsize
         for layer in layers
-        if layer.experts.has_bias
         for projection, (experts, rows, _) in layer.experts.projections.items()
+        if f"{projection}_bias" in layer.dtypes
     )
 
 
@@ -231,7 +235,8 @@ def stored_dtype(layer: MoeLayer, parameter: str, config: Config) -> torch.dtype
 def _only(widths: set[int]) -> int:
     if len(widths) > 1:
         raise UserError(
-            "the experts of this checkpoint are stored in types of different width, so that a budget of bytes is not "
-            "supported; set compression.rank instead, or convert the checkpoint to bfloat16"
+            "the experts of this checkpoint are stored in types of different width, which no budget of bytes supports; "
+            "convert the checkpoint to bfloat16, or set compression.rank, with target_ratio=null, target_bytes=null, "
+            "allocation=uniform and numbers for cores and input_basis"
         )
     return widths.pop()
