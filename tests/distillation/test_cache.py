@@ -309,6 +309,19 @@ def test_reading_from_loader_workers(config: Config, tmp_path: Path) -> None:
     assert pickle.loads(pickle.dumps(cache))[3]["input_ids"].tolist() == cache[3]["input_ids"].tolist()
 
 
+def test_a_damaged_file_is_the_same_line_from_a_loader_worker(config: Config, tmp_path: Path) -> None:
+    fill_cache(config, tmp_path / "cache")
+    path = tmp_path / "cache" / "logits-000002.h5"
+    path.write_bytes(bytes(path.stat().st_size))
+    cache = TeacherCache(tmp_path / "cache")
+    with pytest.raises(UserError, match="is damaged .*; delete it and run `moe-compress teacher-logits`$") as here:
+        cache[12]
+    with pytest.raises(UserError) as there:
+        list(DataLoader(cache, batch_size=4, num_workers=1, collate_fn=collate))
+    assert str(there.value) == str(here.value) and str(here.value).startswith("teacher cache: ")
+    assert len(str(here.value).splitlines()) == 1
+
+
 def test_bad_settings_are_one_line(config: Config, tmp_path: Path) -> None:
     generation = config.distillation.teacher.generation
     for changes, message in [

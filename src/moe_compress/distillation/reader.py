@@ -22,6 +22,17 @@ from moe_compress.errors import UserError, first_line
 _OPEN_FILES = 32
 
 
+class DamagedFile(UserError):
+    """A file of a cache cannot be read.
+
+    PyTorch makes the exception of a DataLoader's worker anew, with a whole traceback as its message: of that, the last
+    line is kept, which holds the message.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.strip().splitlines()[-1].rpartition(f"{type(self).__name__}: ")[2])
+
+
 class TeacherCache(Dataset[dict[str, np.ndarray]]):
     """The records of a cache by global sequence index.
 
@@ -34,7 +45,8 @@ class TeacherCache(Dataset[dict[str, np.ndarray]]):
         expected: header fields that must agree (see `manifest.check_header`).
 
     Raises:
-        UserError: the cache is incomplete, a file is missing or cut, or a header field differs.
+        UserError: the cache is incomplete, a file is missing or cut, or a header field differs; and on access
+            (`DamagedFile`) a file cannot be read.
     """
 
     def __init__(self, directory: Path, expected: Mapping[str, Any] | None = None) -> None:
@@ -64,7 +76,7 @@ class TeacherCache(Dataset[dict[str, np.ndarray]]):
             return self._record(self._arrays(number), index - self._starts[number])
         except (OSError, RuntimeError, KeyError, ValueError, IndexError, TypeError) as error:
             path = self.directory / self.files[number].name
-            raise UserError(
+            raise DamagedFile(
                 f"teacher cache: {path} is damaged ({first_line(error)}); delete it and run `moe-compress "
                 "teacher-logits`"
             ) from error
