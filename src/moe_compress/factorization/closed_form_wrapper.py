@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_compress.factorization.closed_form import CoreSolver, balance, fit_delta, leading_left_vectors, squared_norm
+from moe_compress.factorization.eigen import eigh
 from moe_compress.factorization.factors import DeltaFactors, WrapperFactors
 from moe_compress.factorization.grams import Metric, chunks
 
@@ -158,7 +159,7 @@ def _row_filter(source: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     `ridge` times the mean squared singular value.
     """
     rows, columns = source.shape[1:]
-    squares, vectors = torch.linalg.eigh(source @ source.mT if rows <= columns else source.mT @ source)
+    squares, vectors = eigh(source @ source.mT if rows <= columns else source.mT @ source)
     mu = ridge * squares.mean(1, keepdim=True).clamp_min(1e-20)  # a core may be zero
     if rows <= columns:
         back = vectors * (squares.clamp_min(0) + mu).rsqrt()[:, None, :]

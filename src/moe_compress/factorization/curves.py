@@ -10,6 +10,7 @@ from torch import Tensor
 from moe_compress.factorization.basis import SharedBasis
 from moe_compress.factorization.budget import Form
 from moe_compress.factorization.closed_form import CoreSolver, squared_norm
+from moe_compress.factorization.eigen import eigenvalues
 from moe_compress.factorization.grams import Metric, chunks, residual
 from moe_compress.factorization.groups import group_experts
 
@@ -93,7 +94,7 @@ def _tails(weights: Tensor, core: Tensor | None, bases: list[int], metric: Metri
                 beyond = inside.matrix[..., basis:].square().sum(dtype=torch.float64)
                 outside[number] += inside.outside + float(beyond)
             small = within @ within.mT if rows <= within.shape[2] else within.mT @ within
-            squares[number] += torch.linalg.eigvalsh(small).clamp_min(0).sum(0, dtype=torch.float64).cpu()
+            squares[number] += eigenvalues(small).clamp_min(0).sum(0, dtype=torch.float64).cpu()
     zero = torch.zeros(1, dtype=torch.float64)
     # Eigenvalues ascend: the sums are those of what lower ranks leave, from the smallest on.
     return [torch.cat([zero, own.cumsum(0)]).flip(0) + beyond for own, beyond in zip(squares, outside, strict=True)]

@@ -1,4 +1,4 @@
-"""Leading singular vectors by way of eigenvectors."""
+"""Eigenvectors of symmetric matrices, whatever the driver does, and leading singular vectors by way of them."""
 
 from __future__ import annotations
 
@@ -32,8 +32,21 @@ def leading_left_vectors(matrix: Tensor, rank: int, start: Tensor | None = None)
 
 def leading_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:
     """The eigenvectors [..., n, rank] of the largest eigenvalues of symmetric [..., n, n], the largest first."""
+    return eigh(symmetric)[1][..., -rank:].flip(-1)
+
+
+def eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [..., n], ascending, and eigenvectors [..., n, n] of symmetric [..., n, n]."""
     try:
-        vectors = torch.linalg.eigh(symmetric).eigenvectors
+        values, vectors = torch.linalg.eigh(symmetric)
     except torch.linalg.LinAlgError:  # rare: the fp32 driver did not converge
-        vectors = torch.linalg.eigh(symmetric.double()).eigenvectors.to(symmetric.dtype)
-    return vectors[..., -rank:].flip(-1)
+        values, vectors = torch.linalg.eigh(symmetric.double())
+    return values.to(symmetric.dtype), vectors.to(symmetric.dtype)
+
+
+def eigenvalues(symmetric: Tensor) -> Tensor:
+    """The eigenvalues [..., n] of symmetric [..., n, n], ascending."""
+    try:
+        return torch.linalg.eigvalsh(symmetric)
+    except torch.linalg.LinAlgError:  # as above
+        return torch.linalg.eigvalsh(symmetric.double()).to(symmetric.dtype)
