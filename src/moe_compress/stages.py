@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _TOP = ("experiment_name", "gpu_ids", "seed", "run", "output", "model")
-_EVALUATION = ("evaluation", "wandb_project", "distillation.training.report_to")
+_EVALUATION = ("evaluation", "distillation.teacher.model_path", "wandb_project", "distillation.training.report_to")
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,7 @@ FREE = (
 # Which stages freeze a setting by having run; the first line that fits counts, and what fits none is frozen by any.
 _FROZEN_BY: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("distillation.teacher.use_cached_logits", ("distill",)),
+    ("distillation.teacher.model_path", ("teacher-logits", "distill", "evaluate", "watch")),
     ("distillation.teacher", ("teacher-logits", "distill")),
     ("distillation.dataset", ("teacher-logits", "distill")),
     ("distillation", ("distill",)),

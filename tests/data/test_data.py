@@ -107,6 +107,7 @@ def test_calibration_and_evaluation_want_full_rows(lines, tokenizer):
         packed_dataset(DatasetConfig(name=lines, max_length=8, packing="truncate"), tokenizer, seed=0)
 
 
-def test_a_stream_is_not_held_without_a_limit(lines, tokenizer):
+@pytest.mark.parametrize("read", [rows_in_memory, packed_dataset])
+def test_a_stream_is_not_held_without_a_limit(lines, tokenizer, read):
     with pytest.raises(UserError, match="is a stream: set max_samples"):
-        rows_in_memory(DatasetConfig(name=lines, max_length=8, streaming=True), tokenizer, seed=0)
+        read(DatasetConfig(name=lines, max_length=8, streaming=True), tokenizer, seed=0)

@@ -18,6 +18,7 @@ from moe_compress.evaluation.results import read_results
 from moe_compress.evaluation.teacher_pass import teacher_text
 from moe_compress.modeling import count_parameters, load_model
 from moe_compress.run import Run
+from moe_compress.stages import freezing_stages
 
 from .conftest import LENGTH
 
@@ -103,6 +104,27 @@ def test_what_a_user_can_mend_is_said_before_anything_is_measured(make_run, fast
 def test_a_run_without_checkpoints(tmp_path, config):
     with pytest.raises(UserError, match="no checkpoint to evaluate"):
         evaluate_run(Run.create(tmp_path / "run", config))
+
+
+def test_a_teacher_of_its_own_is_frozen_and_may_be_padded(config, student_dir, teacher_dir, tmp_path):
+    for stage in ("evaluate", "watch"):
+        assert stage in freezing_stages("distillation.teacher.model_path")
+    padded = load_model(teacher_dir)
+    padded.resize_token_embeddings(320)
+    padded.save_pretrained(tmp_path / "padded")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(teacher_dir / name, tmp_path / "padded" / name)
+    teacher = teacher_text(tmp_path / "padded", config, tmp_path)
+    assert evaluate_model(student_dir, "student", 0, config, teacher)["kl"] > 0
+
+
+def test_what_is_no_end_is_refused_before_a_model_is_loaded(config, student_dir, teacher_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "load_model", None)
+    config.evaluation.perplexity.streaming, config.evaluation.perplexity.max_samples = True, None
+    with pytest.raises(UserError, match="is a stream: set max_samples"):
+        teacher_text(teacher_dir, config, tmp_path)
+    with pytest.raises(UserError, match="is a stream: set max_samples"):
+        evaluate_model(student_dir, "student", 0, config)
 
 
 def test_the_same_model_measures_the_same(config, student_dir, teacher_dir, tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from moe_compress.errors import UserError
 from moe_compress.evaluation import perplexity as module
 from moe_compress.evaluation import teacher_text
 from moe_compress.evaluation.perplexity import held_out_rows, score_text
+from moe_compress.evaluation.results import settings_fingerprint
+from moe_compress.evaluation.teacher_pass import teacher_text as scored_text
 from moe_compress.evaluation.teacher_text import TeacherRows, TeacherText, TeacherTextWriter
 
 from .conftest import LENGTH, make_model, mean_core
@@ -158,6 +162,54 @@ def test_rows_are_packed_text(config, tokenizer):
     config.evaluation.perplexity.packing = "truncate"
     with pytest.raises(UserError, match="packing is truncate"):
         held_out_rows(config, tokenizer)
+
+
+def test_only_what_is_labelled_counts(text_of, monkeypatch):
+    monkeypatch.setattr(teacher_text, "TOP_K", 300)
+    teacher, student = make_model(), mean_core(make_model(), rank=2)
+    labelled = torch.rand(ROWS.shape, generator=torch.Generator().manual_seed(2)) < 0.3
+    theirs, ours, labels = log_probabilities(teacher), log_probabilities(student), labelled[:, 1:]
+    score = score_text(student, ROWS, text_of(teacher), labelled=labelled, progress=False)
+    nll = -ours.gather(-1, ROWS[:, 1:, None]).squeeze(-1)
+    assert (score.loss, score.tokens) == (pytest.approx(nll[labels].mean().item(), abs=1e-5), int(labels.sum()))
+    by_hand = [float(row[kept].mean()) for row, kept in zip(nll, labels, strict=True)]
+    assert score.sequence_losses == pytest.approx(by_hand, abs=1e-5)
+    kl = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
+    assert score.kl == pytest.approx(kl[labels].mean().item(), rel=1e-4)
+    agreed = (ours.argmax(-1) == theirs.argmax(-1)).double()
+    assert score.top1_agreement == pytest.approx(agreed[labels].mean().item())
+
+
+def test_of_conversations_the_answers_count(config, tokenizer, teacher_dir, tmp_path):
+    path = tmp_path / "chats.jsonl"
+    chat = [{"role": "user", "content": "name the other value"}, {"role": "assistant", "content": "self.name"}]
+    path.write_text((json.dumps({"messages": chat}) + "\n") * 30)
+    template = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant:{% endif %}"
+    teacher = shutil.copytree(teacher_dir, tmp_path / "teacher")
+    (teacher / "chat_template.jinja").write_text(template)
+    text = config.evaluation.perplexity
+    text.name, text.messages_column, before = str(path), "messages", settings_fingerprint(config)
+    answers = scored_text(teacher, config, tmp_path)
+    assert 0 < answers.score.tokens == int(answers.labelled[:, 1:].sum()) < 6 * (LENGTH - 1)
+    text.mask_prompts = False
+    assert settings_fingerprint(config) != before
+    whole = scored_text(teacher, config, tmp_path)
+    assert whole.score.tokens == 6 * (LENGTH - 1) and torch.equal(whole.rows, answers.rows)
+
+
+@pytest.mark.parametrize("padded", ["teacher", "student"])
+def test_padding_of_the_vocabulary_is_not_compared(text_of, padded):
+    models = {"teacher": make_model(), "student": mean_core(make_model(), rank=2)}
+    before = score_text(models["student"], ROWS, text_of(models["teacher"]), progress=False)
+    models[padded].resize_token_embeddings(310, mean_resizing=False)
+    with torch.no_grad():  # each padding id as probable as a used one
+        models[padded].lm_head.weight[300:] = models[padded].lm_head.weight[:10]
+    text = text_of(models["teacher"], name="padded")
+    after = score_text(models["student"], ROWS, text, vocabulary=300, progress=False)
+    # Other draws of the tail, or the same.
+    assert after.kl == pytest.approx(before.kl, rel=0.05 if padded == "teacher" else 1e-4)
+    assert (after.loss > before.loss + 1e-3) == (padded == "student")
 
 
 def test_refusals(text_of):

@@ -56,7 +56,10 @@ def test_fingerprint_follows_what_is_measured():
     changed.evaluation.perplexity.max_length = 7
     same.evaluation.poll_seconds = 1.0
     same.evaluation.devices = ["cpu"]
-    assert settings_fingerprint(changed) != base == settings_fingerprint(same)
+    same.distillation.teacher.model_path = same.model.name
+    other = Config()
+    other.distillation.teacher.model_path = "another/teacher"
+    assert settings_fingerprint(changed) != base == settings_fingerprint(same) != settings_fingerprint(other)
 
 
 def test_metrics_by_name():
@@ -81,6 +84,19 @@ def test_best_is_chosen_among_existing_students(tmp_path):
     assert choose_best([], "kl", False, tmp_path) is None
     with pytest.raises(UserError, match="'accuracy', which was not measured; choose one of: kl, perplexity"):
         choose_best(records, "accuracy", True, tmp_path)
+
+
+def test_a_metric_that_may_come_yet_is_not_refused(tmp_path):
+    (tmp_path / "checkpoints/checkpoint-0").mkdir(parents=True)
+    lost = {"next": {"error": "no network"}}
+    for metric, values in (
+        ("perplexity", {"perplexity": None, "load_entropy": 0.9}),
+        ("next.acc", {"kl": 0.1, "tasks": lost}),
+        ("next.ppl", {"kl": 0.1, "tasks": {"next": {"ppl": None}}}),
+    ):
+        assert choose_best([record(0, **values)], metric, False, tmp_path) is None
+    with pytest.raises(UserError, match="'accuracy', which was not measured"):
+        choose_best([record(0, kl=0.1, tasks=lost)], "accuracy", False, tmp_path)
 
 
 def test_best_is_a_relative_link_that_can_be_moved(tmp_path):

@@ -109,7 +109,7 @@ def packed_dataset(dataset: DatasetConfig, tokenizer: Any, seed: int) -> Any:
         A `datasets.Dataset` with the one column `input_ids`, rows of `max_length` ids, at most `max_samples` rows.
 
     Raises:
-        UserError: the source holds less text than one row, or `packing` makes rows of other lengths.
+        UserError: as `rows_in_memory`, or `packing` makes rows of other lengths.
     """
     from datasets import Dataset, Features, Sequence, Value
 
@@ -118,5 +118,5 @@ def packed_dataset(dataset: DatasetConfig, tokenizer: Any, seed: int) -> Any:
             f"dataset {dataset.name}: packing={dataset.packing} is for distillation; calibration and evaluation "
             "read packing=pack alone"
         )
-    rows = [row["input_ids"] for row in read_rows(dataset, tokenizer, seed)]
+    rows = [row["input_ids"] for row in rows_in_memory(dataset, tokenizer, seed)]
     return Dataset.from_dict({"input_ids": rows}, features=Features({"input_ids": Sequence(Value("int32"))}))

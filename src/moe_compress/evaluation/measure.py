@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from moe_compress.config import Config
+from moe_compress.distillation.fingerprints import tokenizer_fingerprint
+from moe_compress.distillation.teachers import common_vocabulary
+from moe_compress.errors import UserError
 from moe_compress.evaluation.harness import run_tasks
 from moe_compress.evaluation.loops import loop_check
 from moe_compress.evaluation.machine import placement
-from moe_compress.evaluation.perplexity import held_out_rows, score_text
+from moe_compress.evaluation.perplexity import held_out_text, score_text
 from moe_compress.evaluation.results import Record, settings_fingerprint
 from moe_compress.evaluation.scores import TextScore
 from moe_compress.evaluation.teacher_text import TeacherText
@@ -52,15 +55,24 @@ def evaluate_model(
         The record of `results.jsonl`: text score, loops, tasks, sizes, routing per layer, and what was measured how.
 
     Raises:
-        UserError: the model cannot be loaded, or a setting cannot be used.
+        UserError: the model cannot be loaded, has another tokenizer than the teacher, or a setting cannot be used.
     """
     start = time.perf_counter()
     evaluation = config.evaluation
     tokenizer = load_tokenizer(path, trust_remote_code=config.model.trust_remote_code)
+    if teacher is None:
+        rows, labelled = held_out_text(config, tokenizer)
+    else:
+        rows, labelled = teacher.rows, teacher.labelled
+        if teacher.tokenizer not in (None, tokenizer_fingerprint(tokenizer)):
+            raise UserError(f"{path} has another tokenizer than the teacher; they cannot be compared token by token")
     model = load(path, config)
-    rows = held_out_rows(config, tokenizer) if teacher is None else teacher.rows
     if score is None:
-        score = score_text(model, rows, teacher)
+        shared = None
+        if teacher is not None:
+            width = model.config.get_text_config().vocab_size
+            shared = common_vocabulary(teacher.vocabulary, width, tokenizer)
+        score = score_text(model, rows, teacher, labelled=labelled, vocabulary=shared)
     text = asdict(score)
     text["sequence_losses"] = [round(loss, 6) for loss in text["sequence_losses"]]
     loops = {}

@@ -50,17 +50,18 @@ def evaluate_models(
     known = {record.get("made_from"): record for record in read_results(directory) if "error" not in record}
     records = []
     for target in targets:
-        made_from = fingerprint(
-            [teacher_fingerprint(target.path), settings, theirs.path.name if theirs else None, target.model == teacher]
-        )
-        record = known.get(made_from)
-        if record is None:
-            say(f"evaluating {target.model}")
-            try:
+        text = theirs.path.name if theirs else None
+        made_from = None
+        try:
+            made_from = fingerprint([teacher_fingerprint(target.path), settings, text, target.model == teacher])
+            record = known.get(made_from)
+            if record is None:
+                say(f"evaluating {target.model}")
                 score = theirs.score if theirs is not None and target.model == teacher else None
                 record = evaluate_model(target.path, *target.key, config, theirs, score=score)
-            except Exception as error:  # one model that cannot be measured must not stop the others
-                record = failure(target, error, settings)
+        except Exception as error:  # one model that cannot be measured must not stop the others
+            record = failure(target, error, settings)
+        if made_from not in known:
             record["made_from"] = made_from
             append_result(directory, record)
             free_memory()

@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from moe_compress.config import Config
-from moe_compress.data import packed_dataset
+from moe_compress.data import rows_in_memory
 from moe_compress.errors import UserError
 from moe_compress.evaluation.routing import LayerRouting, overlap, recorded_routing
 from moe_compress.evaluation.scores import TextScore
@@ -23,17 +24,24 @@ _ROWS_PER_PASS = 8
 
 
 def held_out_rows(config: Config, tokenizer: Any) -> Tensor:
-    """The text of `evaluation.perplexity`, packed: `[N, L]`, int64.
+    """The token ids of `held_out_text`."""
+    return held_out_text(config, tokenizer)[0]
+
+
+def held_out_text(config: Config, tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """The text of `evaluation.perplexity`, packed: token ids, `[N, L]`, int64, and which of them count, `[N, L]`, bool.
 
     Raises:
-        UserError: the data set cannot be had, or is to be read in another way than end to end.
+        UserError: the data set cannot be had, has no end, or is to be read in another way than end to end.
     """
     text = config.evaluation.perplexity
     if text.packing != "pack":
         raise UserError(
             f"evaluation.perplexity.packing is {text.packing}, but held-out text is read end to end; set it to pack"
         )
-    return torch.tensor(packed_dataset(text, tokenizer, config.seed)["input_ids"][:])
+    rows = rows_in_memory(text, tokenizer, config.seed)
+    ids, labelled = (torch.from_numpy(np.stack([row[name] for row in rows])) for name in ("input_ids", "labelled"))
+    return ids.long(), labelled
 
 
 @torch.inference_mode()
@@ -42,6 +50,8 @@ def score_text(
     rows: Tensor,
     teacher: TeacherText | None = None,
     *,
+    labelled: Tensor | None = None,
+    vocabulary: int | None = None,
     keep: TeacherTextWriter | None = None,
     progress: bool = True,
 ) -> TextScore:
@@ -53,6 +63,9 @@ def score_text(
         model: a causal language model of Transformers.
         rows: `[N, L]`, int64, token ids without padding.
         teacher: what a teacher with the same vocabulary makes of the same rows.
+        labelled: `[N, L]`, bool, the tokens to predict; all without it.
+        vocabulary: the ids to compare both on, the first so many, where their vocabularies are padded to different
+            sizes (see `common_vocabulary`).
         keep: where to write what this model makes of them, to compare others with it.
         progress: show a progress bar.
 
@@ -68,19 +81,21 @@ def score_text(
             f"set evaluation.perplexity.max_length to {most} or less"
         )
     model.eval()
+    labels = torch.ones_like(rows[:, 1:], dtype=torch.bool) if labelled is None else labelled[:, 1:]
     losses, divergences, agreements = [], [], []
     overlaps: dict[str, float] = {}
     with recorded_routing(model) as routing:
         start = 0
         for batch in _progress(rows.split(_rows_per_pass(model, rows.shape[1])), len(rows), progress):
             logits = model(input_ids=batch.to(model.device), use_cache=False).logits[:, :-1]
-            if teacher is not None and logits.shape[-1] != teacher.vocabulary:
+            if teacher is not None and vocabulary is None and logits.shape[-1] != teacher.vocabulary:
                 raise UserError(
                     f"the teacher's vocabulary ({teacher.vocabulary}) is not the model's ({logits.shape[-1]})"
                 )
             theirs = None if teacher is None else teacher.read(start, start + len(batch))
             for row in range(len(batch)):
-                scores = _score_row(batch[row, 1:].to(logits.device), logits[row], theirs, row)
+                places = labels[start + row].nonzero().flatten()
+                scores = _score_row(batch[row, 1:].to(logits.device), logits[row], theirs, row, places, vocabulary)
                 losses.append(scores[0])
                 divergences.append(scores[1])
                 agreements.append(scores[2])
@@ -90,40 +105,48 @@ def score_text(
                 share = overlap(routing[name], theirs.routing[name])  # type: ignore[union-attr]
                 overlaps[name] = overlaps.get(name, 0.0) + share * len(batch) / len(rows)
             start += len(batch)
-    loss, stderr = _mean_and_stderr(losses)
+    counts = labels.sum(-1)
+    loss, stderr = _mean_and_stderr(losses, counts)
     score = TextScore(
         loss=loss,
         stderr=stderr,
         perplexity=_exp(loss),
         perplexity_stderr=None if stderr is None else _exp(loss) * stderr,
-        tokens=rows.shape[0] * (rows.shape[1] - 1),
+        tokens=int(counts.sum()),
         sequences=rows.shape[0],
         sequence_losses=losses,
     )
     if teacher is not None:
-        score.kl, score.kl_stderr = _mean_and_stderr(divergences)
-        score.top1_agreement, score.top1_stderr = _mean_and_stderr(agreements)
+        score.kl, score.kl_stderr = _mean_and_stderr(divergences, counts)
+        score.top1_agreement, score.top1_stderr = _mean_and_stderr(agreements, counts)
     _add_routing(score, routing, overlaps)
     return score
 
 
 def _score_row(
-    targets: Tensor, logits: Tensor, teacher: TeacherRows | None, row: int = 0
+    targets: Tensor,
+    logits: Tensor,
+    teacher: TeacherRows | None,
+    row: int = 0,
+    places: Tensor | None = None,
+    vocabulary: int | None = None,
 ) -> tuple[float, float, float]:
-    """Mean loss, KL(teacher || student) and top-1 agreement over the `[T]` targets of one row, logits `[T, V]`.
+    """Mean loss, KL(teacher || student) and top-1 agreement over the `[T]` targets of one row, or those at `places`.
 
-    A slice of tokens at a time, so that of a large vocabulary little is held in fp32 at once.
+    Of the logits, `[T, V]`, a few tokens at a time, so that of a large vocabulary little is held in fp32 at once.
     """
+    places = torch.arange(len(targets)) if places is None else places
     chunk = max(1, _LOGITS_PER_CHUNK // logits.shape[-1])
     loss, divergence, agreement = 0.0, 0.0, 0.0
-    for start in range(0, len(targets), chunk):
-        part = slice(start, start + chunk)
+    for part in places.split(chunk):
         student = logits[part].float().log_softmax(-1)
         loss -= student.gather(-1, targets[part, None]).double().sum().item()
         if teacher is not None:
+            if vocabulary is not None and vocabulary < student.shape[-1]:
+                student = student[:, :vocabulary].log_softmax(-1)
             divergence += teacher.divergence(row, part, student).double().sum().item()
             agreement += (student.argmax(-1) == teacher.top[row, part].to(student.device)).sum().item()
-    return loss / len(targets), divergence / len(targets), agreement / len(targets)
+    return loss / len(places), divergence / len(places), agreement / len(places)
 
 
 def _add_routing(score: TextScore, routing: dict[str, LayerRouting], overlaps: dict[str, float]) -> None:
@@ -147,11 +170,14 @@ def _rows_per_pass(model: Any, length: int) -> int:
     return max(1, min(_ROWS_PER_PASS, _LOGIT_BYTES_PER_PASS // row_bytes))
 
 
-def _mean_and_stderr(values: list[float]) -> tuple[float, float | None]:
-    tensor = torch.tensor(values, dtype=torch.float64)
+def _mean_and_stderr(values: list[float], counts: Tensor) -> tuple[float, float | None]:
+    """The mean over all tokens of the sequences' means, `[N]`, over `counts` tokens each, and its standard error."""
+    tensor, weight = torch.tensor(values, dtype=torch.float64), counts / counts.double().mean()
+    mean = (weight * tensor).mean()
     # One sequence says nothing about the spread: its standard error is unknown, not zero.
-    stderr = float(tensor.std() / math.sqrt(len(values))) if len(values) > 1 else None
-    return float(tensor.mean()), stderr
+    many = len(values)
+    stderr = (weight * (tensor - mean)).square().sum().div(many * (many - 1)).sqrt() if many > 1 else None
+    return float(mean), None if stderr is None else float(stderr)
 
 
 def _exp(loss: float) -> float:

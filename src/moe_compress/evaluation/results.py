@@ -23,16 +23,26 @@ RESULTS = "results.jsonl"
 def settings_fingerprint(config: Config) -> str:
     """A hash of the settings that decide what a measurement says; other values make another measurement."""
     evaluation = config.evaluation
+    teacher = config.distillation.teacher.model_path
     measured = {
         "tasks": evaluation.tasks,
         "include_path": evaluation.include_path,
         "limit": evaluation.limit,
-        "perplexity": asdict(evaluation.perplexity),
+        "perplexity": text_settings(config),
         "loops": (evaluation.loop_samples, evaluation.generate_tokens) if evaluation.loop_samples else None,
         "seed": config.seed,
         "model": asdict(config.model),
+        **({"teacher": teacher} if teacher and teacher != config.model.name else {}),
     }
     return fingerprint(measured)
+
+
+def text_settings(config: Config) -> dict[str, Any]:
+    """The settings that decide what is scored of which held-out text."""
+    text = config.evaluation.perplexity
+    masked = text.messages_column is not None and text.mask_prompts
+    # Without the extra key, what was once measured on whole conversations would pass for this.
+    return asdict(text) | ({"scored": "answers"} if masked else {})
 
 
 def read_results(evals_dir: Path) -> list[Record]:
@@ -94,11 +104,16 @@ def metrics_of(record: Record) -> dict[str, float]:
 _NOT_METRICS = {"few_shot", "documents"}
 
 
+def lost_tasks(record: Record) -> dict[str, str]:
+    """The tasks of a record that could not be measured, each with its error."""
+    return {task: entry["error"] for task, entry in record.get("tasks", {}).items() if "error" in entry}
+
+
 def choose_best(records: Iterable[Record], metric: str, greater_is_better: bool, run_path: Path) -> Record | None:
     """The best measured student checkpoint that still exists, the earliest of equals; None without any.
 
     Raises:
-        UserError: no record has that metric.
+        UserError: no record has that metric, and not because it was not finite or a task had no data.
     """
     candidates = [
         record
@@ -106,13 +121,20 @@ def choose_best(records: Iterable[Record], metric: str, greater_is_better: bool,
         if record["model"] == "student" and "error" not in record and (run_path / record["path"]).is_dir()
     ]
     scored = [(metrics_of(record)[metric], record) for record in candidates if metric in metrics_of(record)]
-    if candidates and not scored:
+    if candidates and not scored and not any(_may_lack(record, metric) for record in candidates):
         known = sorted({name for record in candidates for name in metrics_of(record)})
         raise UserError(f"evaluation.metric is '{metric}', which was not measured; choose one of: {', '.join(known)}")
     if not scored:
         return None
     sign = -1.0 if greater_is_better else 1.0
     return min(scored, key=lambda entry: (sign * entry[0], entry[1]["step"]))[1]
+
+
+def _may_lack(record: Record, metric: str) -> bool:
+    """Whether a metric may be missing from a record although its name is right."""
+    task, _, name = metric.rpartition(".")
+    values = record.get("tasks", {}).get(task, {}) if task else record
+    return values.get(name, "") is None or bool(task and lost_tasks(record))
 
 
 def link_best(run_path: Path, checkpoint: Path) -> None:

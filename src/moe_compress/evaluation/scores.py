@@ -11,7 +11,7 @@ class TextScore:
     """What a model makes of a text. Standard errors are over sequences, which are independent; tokens are not.
 
     Attributes:
-        loss: mean negative log-likelihood per token, in nats.
+        loss: mean negative log-likelihood per token that counts (of conversations the answers'), in nats.
         stderr: standard error of `loss`.
         perplexity, perplexity_stderr: exp(loss), and its error by the delta method.
         tokens, sequences: how much text.

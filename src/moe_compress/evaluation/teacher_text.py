@@ -47,12 +47,18 @@ class TeacherRows:
     top: Tensor
     routing: dict[str, Tensor]
 
-    def divergence(self, row: int, part: slice, log_q: Tensor) -> Tensor:
-        """KL(teacher || student) of the tokens `part` of one row, `[T]`, estimated; `log_q` is `[T, V]`."""
+    def divergence(self, row: int, part: slice | Tensor, log_q: Tensor) -> Tensor:
+        """KL(teacher || student) of the tokens `part` of one row, `[T]`, estimated; `log_q` is `[T, V]`.
+
+        Ids from V on are left out of the teacher's distribution: a smaller vocabulary has no padding there.
+        """
         index, log_p, weight = (tensor[row, part].to(log_q.device) for tensor in (self.index, self.log_p, self.weight))
         # xlogy-like: a token the teacher rules out (-inf) adds nothing, rather than 0 * inf.
-        terms = weight * (log_p - log_q.gather(-1, index)).masked_fill(log_p.isneginf(), 0.0)
-        return terms.sum(-1)
+        beyond = index >= log_q.shape[-1]
+        log_q = log_q.gather(-1, index.masked_fill(beyond, 0))
+        terms = weight * (log_p - log_q).masked_fill(log_p.isneginf() | beyond, 0.0)
+        rest = 1 - (weight * beyond).sum(-1)
+        return terms.sum(-1) / rest - rest.log()
 
 
 class TeacherText:
@@ -60,12 +66,15 @@ class TeacherText:
 
     Attributes:
         rows: `[N, L]`, int64, the text.
+        labelled: `[N, L]`, bool, the tokens of it that count.
         score: what the teacher itself scores on it.
         vocabulary: the number of tokens of the teacher's distribution.
+        tokenizer: the `tokenizer_fingerprint` of the teacher, where it is known.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, tokenizer: str | None = None) -> None:
         self.path = path
+        self.tokenizer = tokenizer
         try:
             # Nobody writes to it any more, and some network file systems have no locks.
             self._file = h5py.File(path, "r", locking=False)
@@ -73,6 +82,9 @@ class TeacherText:
         except (OSError, KeyError, ValueError) as error:
             raise UserError(f"{path} is damaged ({error}); delete it, and it is made again") from error
         self.rows = torch.from_numpy(self._file["rows"][:]).long()
+        self.labelled = torch.ones_like(self.rows, dtype=torch.bool)
+        if "labelled" in self._file:
+            self.labelled = torch.from_numpy(self._file["labelled"][:])
         self.score = TextScore(**facts["score"])
         self.vocabulary = int(facts["vocabulary"])
 
@@ -102,10 +114,12 @@ class TeacherText:
 class TeacherTextWriter:
     """Writes the file while the teacher is scored (`score_text(..., keep=writer)`); rows come in order."""
 
-    def __init__(self, path: Path, rows: Tensor, seed: int) -> None:
+    def __init__(self, path: Path, rows: Tensor, seed: int, labelled: Tensor | None = None) -> None:
         self.rows = rows
         self._file = h5py.File(path, "w")
         self._file["rows"] = rows.to(torch.int32).numpy()
+        if labelled is not None and not labelled.all():
+            self._file["labelled"] = labelled.numpy()
         self._file.create_group("routing")
         self._done = 0
         self._vocabulary = 0
