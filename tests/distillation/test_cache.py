@@ -297,6 +297,29 @@ def test_a_missing_cut_or_damaged_file_is_named_and_made_again(config: Config, t
     assert content(cache) == good
 
 
+def test_a_file_made_again_by_another_worker_is_listed_as_it_is_now(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, generation = tmp_path / "cache", config.distillation.teacher.generation
+    generation.compression, generation.total_workers = "none", 2
+    for generation.worker_id in range(2):
+        fill_cache(config, cache)
+    before = TeacherCache(cache).files[3]
+    (cache / before.name).unlink()
+    encode = TopKEncoder.encode
+
+    def elsewhere(self: TopKEncoder, logits: torch.Tensor, sequence: int) -> dict[str, np.ndarray]:
+        record = encode(self, logits, sequence)
+        return {**record, "logsumexp": record["logsumexp"] + np.float32(1e-4)}  # another device rounds otherwise
+
+    monkeypatch.setattr(TopKEncoder, "encode", elsewhere)
+    generation.worker_id, generation.total_workers = 0, 1
+    fill_cache(config, cache)
+    after = TeacherCache(cache).files[3]
+    assert (after.name, after.bytes) == (before.name, before.bytes) and after.sha256 != before.sha256
+    verify_cache(cache, config, sequences=0)
+
+
 def test_reading_from_loader_workers(config: Config, tmp_path: Path) -> None:
     fill_cache(config, tmp_path / "cache")
     cache = TeacherCache(tmp_path / "cache")

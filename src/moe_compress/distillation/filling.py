@@ -66,7 +66,6 @@ def write_parts(
     encoder = make_encoder(header)
     isolate = header["dataset"]["packing"] == "isolate"
     listed = {file.name: file for file in read_part(listing)[1]} if listing.exists() else {}
-    listed = {name: file for name, file in listed.items() if name in done}
     contents: dict[str, str] = {}
     sequences = 0
     for number, rows in parts:
@@ -152,7 +151,7 @@ def finished_files(directory: Path, header: Header, settings: GenerationConfig) 
     manifest = directory / MANIFEST
     if settings.force_regenerate and _is_void(directory, header):
         _wipe(directory)
-    files = listed_files(directory, header)
+    files = listed_files(directory, header, forget=True)
     if manifest.exists():
         have, entries = read_manifest(directory)
         check_header(have, header, directory)

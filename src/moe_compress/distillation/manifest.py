@@ -113,8 +113,13 @@ def read_part(path: Path) -> tuple[Header, list[CacheFile]]:
     return content["header"], content["files"]
 
 
-def listed_files(directory: Path, header: Header) -> dict[str, CacheFile]:
+def listed_files(directory: Path, header: Header, *, forget: bool = False) -> dict[str, CacheFile]:
     """All finished files that any part manifest lists and that are there with the size it says, by name.
+
+    Args:
+        directory: the cache.
+        header: what every part must have been made with.
+        forget: drop the others from the part manifests, so that nothing old is said of a file that is made again.
 
     Raises:
         UserError: a part was made with another header.
@@ -123,11 +128,15 @@ def listed_files(directory: Path, header: Header) -> dict[str, CacheFile]:
     for part in sorted(directory.glob("part-*.json")):
         have, files = read_part(part)
         check_header(have, header, directory)
-        for file in files:
-            path = directory / file.name
-            if path.is_file() and path.stat().st_size == file.bytes:
-                found[file.name] = file
+        there = [file for file in files if _is_there(directory / file.name, file)]
+        if forget and len(there) < len(files):
+            write_part(part, have, there)
+        found |= {file.name: file for file in there}
     return found
+
+
+def _is_there(path: Path, file: CacheFile) -> bool:
+    return path.is_file() and path.stat().st_size == file.bytes
 
 
 def summary(files: Iterable[CacheFile]) -> dict[str, Any]:
