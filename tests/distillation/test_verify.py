@@ -18,9 +18,17 @@ from moe_compress.distillation import TeacherCache
 from moe_compress.distillation.fingerprints import teacher_fingerprint
 from moe_compress.distillation.generate import fill_cache
 from moe_compress.distillation.manifest import CacheFile
-from moe_compress.distillation.verify import file_problems, teacher_distance, verify_cache
+from moe_compress.distillation.teachers import expected_header
+from moe_compress.distillation.verify import (
+    file_problems,
+    show_cache,
+    teacher_as_recorded,
+    teacher_distance,
+    verify_cache,
+)
 from moe_compress.errors import UserError
 from moe_compress.files import sha256_of_file
+from moe_compress.modeling import load_tokenizer
 
 from .conftest import MakeRun, base_config, save_model
 
@@ -156,6 +164,31 @@ def test_the_command(caches: dict[str, Path], capsys: pytest.CaptureFixture[str]
     ):
         assert main(arguments) == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_teacher_is_the_one_recorded_its_revision_too(config: Config, tmp_path: Path) -> None:
+    config.model.revision = "v1.5"
+    fill_cache(config, tmp_path / "cache")
+
+    def recorded(*given: str) -> tuple[Any, ...]:
+        found = Config()
+        found.model.revision = "given"
+        teacher_as_recorded(found, tmp_path / "cache", given=given)
+        return found.distillation.teacher.model_path or found.model.name, found.model.revision, found.model.dtype
+
+    assert recorded() == (config.model.name, "v1.5", "float32")
+    assert recorded("model.revision") == (config.model.name, "given", "float32")
+    assert recorded("model.name")[1] == "given"
+    show_cache(tmp_path / "cache")
+    config.model.revision = None  # it names the teacher, whose fingerprint is what must agree
+    TeacherCache(tmp_path / "cache", expected_header(config, load_tokenizer(config.model.name)))
+    manifest = tmp_path / "cache" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    del content["header"]["teacher_revision"]  # as in a cache of an earlier version
+    manifest.write_text(json.dumps(content))
+    assert recorded()[1] is None
+    config.distillation.teacher.model_path, config.model.revision = config.model.name, "of the student"
+    assert expected_header(config, load_tokenizer(config.model.name))["teacher_revision"] is None
 
 
 def test_the_command_for_machines(caches: dict[str, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ MANIFEST = "manifest.json"
 Header = dict[str, Any]
 
 # Said of the cache for people and for `cache verify`, but not compared: the fingerprint is.
-_INFORMATIVE = {"teacher_name", "teacher_dtype"}
+_INFORMATIVE = {"teacher_name", "teacher_revision", "teacher_dtype"}
 
 
 @dataclass(frozen=True)

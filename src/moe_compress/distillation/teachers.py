@@ -137,10 +137,11 @@ def expected_header(config: Config, tokenizer: Any) -> Header:
         config: the settings of the run.
         tokenizer: the tokenizer of the student.
     """
-    distillation = config.distillation
+    distillation, other = config.distillation, config.distillation.teacher.model_path
     return {
         "format_version": FORMAT_VERSION,
-        "teacher_name": distillation.teacher.model_path or config.model.name,
+        "teacher_name": other or config.model.name,
+        "teacher_revision": None if other else config.model.revision,
         "teacher_dtype": config.model.dtype,
         "teacher": teacher_fingerprint(teacher_path(config)),
         "tokenizer": tokenizer_fingerprint(tokenizer),

@@ -73,10 +73,13 @@ def show_cache(directory: Path, *, as_json: bool = False) -> None:
 
 
 def teacher_as_recorded(config: Config, directory: Path, *, given: Collection[str]) -> None:
-    """Let `config` name the teacher that a cache says it was made from, and its type, where these are not `given`."""
+    """Let `config` name the teacher that a cache says it was made from, its revision and type, where not `given`."""
     header, _ = read_manifest(directory)
     if not {"model", "model.name", "distillation.teacher.model_path"} & set(given):
-        config.distillation.teacher.model_path = header["teacher_name"]
+        config.distillation.teacher.model_path = None
+        config.model.name = header["teacher_name"]
+        if "model.revision" not in given:
+            config.model.revision = header.get("teacher_revision")
     if "model.dtype" not in given:
         config.model.dtype = header["teacher_dtype"]
 
@@ -220,6 +223,7 @@ def _info_table(facts: Mapping[str, Any]) -> Table:
     encoder = make_encoder(header)
     settings = {name: header[name] for name in ("top_k", "samples", "sample_temperature") if name in header}
     text = text_fields(header["vocab_size"], header["sequence_length"])
+    revision = f", revision {header['teacher_revision']}" if header.get("teacher_revision") else ""
     state = (
         "complete" if facts["complete"] else "not complete: run `moe-compress teacher-logits` (all workers) to go on"
     )
@@ -233,7 +237,7 @@ def _info_table(facts: Mapping[str, Any]) -> Table:
         "encoder": ", ".join([encoder.name, *(f"{name} {value}" for name, value in settings.items())]),
         "loss temperatures": encoder.temperatures,
         "vocabulary": f"{header['vocab_size']:,} ids in {text['input_ids'].dtype}",
-        "teacher": f"{header['teacher_name']} ({header['teacher']}), model.dtype={header['teacher_dtype']}",
+        "teacher": f"{header['teacher_name']}{revision} ({header['teacher']}), model.dtype={header['teacher_dtype']}",
         "tokenizer": header["tokenizer"],
         "data set": dataset_words(header["dataset"]),
     }
