@@ -64,6 +64,12 @@ def test_a_spike_is_far_above_the_running_median_and_does_not_move_it(tmp_path: 
     assert (again.losses, again.grad_norms, again.in_a_row) == (detector.losses, detector.grad_norms, 1)
 
 
+def test_losses_that_are_not_positive_are_no_spikes() -> None:
+    detector = SpikeDetector(SpikeConfig(action="skip", window=4, loss_factor=2.0))
+    assert [detector.check(loss, 1.0) for loss in (-0.01, -0.012, -0.011, -0.01, -0.009)] == [None] * 5
+    assert detector.check(0.05, 1.0) is not None and detector.check(0.0, 1.0) is None
+
+
 def test_a_skipped_step_leaves_weights_and_momenta_alone(
     make_run: MakeRun, filled_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,7 +61,8 @@ class SpikeDetector:
         """Judge one step, and remember it if it is an ordinary one."""
         if len(self.losses) >= self.settings.window // 2:
             usual_loss, usual_norm = median(self.losses), median(self.grad_norms)
-            high = loss > self.settings.loss_factor * usual_loss
+            # Of positive losses the same as loss > factor * median; an estimate from draws may be below 0.
+            high = loss - usual_loss > (self.settings.loss_factor - 1) * median(map(abs, self.losses))
             if high or grad_norm > self.settings.grad_norm_factor * usual_norm:
                 self.in_a_row += 1
                 return Spike(loss, usual_loss, grad_norm, usual_norm)
