@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Trainer
 
 from moe_compress.config import SpikeConfig, StageConfig
 from moe_compress.distillation import DistillationTrainer, distill
@@ -119,7 +120,25 @@ def test_a_rollback_goes_on_in_other_data_and_survives_a_kill(
                 distill(broken)
     distill(broken)
     assert log_of(broken) == log_of(whole)
+    assert [line["step"] for line in spikes_of(broken)] == [4]
     assert changed(weights(whole, 9), weights(broken, 9)) == set()
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["norm", "no norm"])
+def test_a_resumed_training_logs_a_spike_once(
+    make_run: MakeRun, filled_cache: Path, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    run = watch(make_run(cache=filled_cache, max_steps=6, save_steps=4, gradient_accumulation_steps=2), "skip")
+    spoil(monkeypatch, run, {9}, [])  # in step 3
+    if not known:  # as DeepSpeed may have it
+        monkeypatch.setattr(Trainer, "_get_grad_norm", lambda self, model, grad_norm=None: None)
+    with monkeypatch.context() as patch:
+        kill_at(patch, 3)
+        with pytest.raises(Killed):
+            distill(run)
+    assert len(spikes_of(run)) == 1
+    distill(run)
+    assert [spike["step"] for spike in spikes_of(run)] == [3]
 
 
 @pytest.mark.parametrize("action", ["skip", "rollback"])

@@ -30,7 +30,7 @@ from moe_compress.distillation.fingerprints import tokenizer_fingerprint
 from moe_compress.distillation.live import LiveTeacher
 from moe_compress.distillation.parameters import ParameterGroup, group_table, parameter_groups, set_trainable
 from moe_compress.distillation.reader import TeacherCache
-from moe_compress.distillation.spikes import RollBack, SpikeDetector, skipped_steps
+from moe_compress.distillation.spikes import SPIKE_LOG, RollBack, SpikeDetector, skipped_steps
 from moe_compress.distillation.stages import Stage, compares_layers, needs_teacher, reads_cache, resolve_stages
 from moe_compress.distillation.teachers import (
     CachedTeacher,
@@ -90,7 +90,8 @@ def _distill(run: Run) -> None:
     if latest:
         _say(f"distillation: goes on from checkpoint-{latest}")
     if _is_main():
-        _forget_lines_after(run.logs_dir / TRAIN_LOG, latest)
+        for log in (TRAIN_LOG, SPIKE_LOG):
+            _forget_lines_after(run.logs_dir / log, latest)
     started = time.perf_counter()
     for stage in stages:
         if latest < stage.last_step:

@@ -128,7 +128,8 @@ class DistillationTrainer(Trainer):
         if norm is not None and not torch.isfinite(torch.as_tensor(norm)):
             self._stop(f"the gradient norm became {float(norm)}")
         if self.spikes is not None:
-            self._watch(model, self.spikes, float(norm))
+            # DeepSpeed need not know the norm; then the loss alone is watched.
+            self._watch(model, self.spikes, 0.0 if norm is None else float(norm))
         return norm
 
     def _measure_gradients(self) -> None:
