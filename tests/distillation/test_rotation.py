@@ -9,6 +9,7 @@ import pytest
 
 from moe_compress.config import Config
 from moe_compress.distillation.checkpoints import TRAINING_STATE, WATCHERS, rotate
+from moe_compress.evaluation.claims import process_identity
 from moe_compress.run import Run
 
 
@@ -62,6 +63,8 @@ def test_a_dangling_best_protects_nothing(run: Run) -> None:
 
 def test_what_a_watcher_has_not_evaluated_is_kept(run: Run) -> None:
     (run.evals_dir / WATCHERS).mkdir()
+    watcher = run.evals_dir / WATCHERS / "host-1.json"
+    watcher.write_text(json.dumps(process_identity()))
     rotate(run, 1)
     assert steps(run) == list(range(0, 31, 5))
     results(
@@ -73,8 +76,8 @@ def test_what_a_watcher_has_not_evaluated_is_kept(run: Run) -> None:
         '{"model": "student", "st',
     )
     rotate(run, 1)
-    assert steps(run) == [0, 5, 15, 25, 30]
-    (run.evals_dir / WATCHERS).rmdir()
+    assert steps(run) == [0, 5, 25, 30]
+    watcher.write_text(json.dumps({**process_identity(), "started": "before"}))  # killed: its file stays
     rotate(run, 1)
     assert steps(run) == [0, 30]
 

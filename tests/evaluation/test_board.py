@@ -71,6 +71,15 @@ def test_lines_as_it_changes_where_there_is_no_terminal(run, capsys):
     assert lines[2:] == ["  student at step 4: perplexity 10 (2 s)", "  task wikitext not measured: no network"]
 
 
+def test_a_file_that_goes_away_while_it_is_read_ends_nothing(run, capsys):
+    def gone():
+        raise FileNotFoundError
+
+    for console in (Console(file=io.StringIO()), Console(file=io.StringIO(), force_terminal=True)):
+        with View(run, gone, console).shown() as view:
+            view.update()
+
+
 def test_on_a_terminal_the_table_stays_and_other_output_goes_to_a_log(run, capsys):
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
     with View(run, lambda: student_targets(run), console).shown() as view:

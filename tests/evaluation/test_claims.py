@@ -149,6 +149,20 @@ def test_a_killed_owner_is_found_out_at_once(tmp_path):
         assert ours
 
 
+def test_presence_outlasts_a_directory_that_is_taken_away(tmp_path, monkeypatch):
+    directory, alive = tmp_path / "watchers", claims.is_alive
+    leave_claim(directory, "ghost", pid=dead_pid())
+
+    def leave(path):
+        path.unlink()
+        directory.rmdir()
+        return alive(path)
+
+    monkeypatch.setattr(claims, "is_alive", leave)
+    with presence(directory) as path:
+        assert path.exists()
+
+
 def test_presence_is_seen_and_leaves_nothing(tmp_path):
     directory = tmp_path / "watchers"
     leave_claim(directory, "ghost", pid=dead_pid())

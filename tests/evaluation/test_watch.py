@@ -16,6 +16,7 @@ import pytest
 
 from moe_compress.config import DatasetConfig
 from moe_compress.errors import UserError
+from moe_compress.evaluation import watch
 from moe_compress.evaluation.results import read_results
 from moe_compress.evaluation.watch import device_groups, watch_run
 from moe_compress.freeze import store
@@ -145,6 +146,36 @@ def test_a_worker_that_dies_is_started_again_and_ctrl_c_ends_all(make_run, start
     assert "  student at step 0: perplexity" in output
     assert not any(Path(f"/proc/{pid}").exists() for pid in alive)
     assert not list((run.evals_dir / "claims").iterdir()) and not (run.evals_dir / "watchers").exists()
+
+
+def test_sigterm_ends_it_like_ctrl_c(make_run, monkeypatch):
+    class Told:
+        def __init__(self, run, *_):
+            self.watchers = run.evals_dir / "watchers"
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def stop(self):
+            pass
+
+        def look_after(self):
+            assert list(self.watchers.iterdir())
+            os.kill(os.getpid(), signal.SIGTERM)
+            return True
+
+    monkeypatch.setattr(watch, "Worker", Told)
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("SIGTERM was not taken"))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            watch_run(run := make_run(0))
+        assert signal.getsignal(signal.SIGTERM) is not signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not (run.evals_dir / "watchers").exists()
 
 
 def test_workers_do_not_outlive_a_killed_watcher(make_run, started):

@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -70,6 +71,20 @@ def test_a_failing_checkpoint_stops_nothing_and_is_not_tried_again(make_run, mea
     failure = read_results(run.evals_dir)[1]
     assert failure["error"] == "RuntimeError: out of luck second line"
     assert (failure["model"], failure["step"], failure["path"]) == ("student", 13, "checkpoints/checkpoint-13")
+
+
+def test_a_checkpoint_renamed_away_while_it_is_looked_at_is_none(make_run, monkeypatch):
+    run = make_run(0)
+    run.checkpoint(2).mkdir()
+    iterdir = Path.iterdir
+
+    def late(path):
+        if path.name == "checkpoint-2":
+            path.rename(path.with_name(".removed"))
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", late)
+    assert [step for step, _ in run.checkpoints()] == [0]
 
 
 def test_what_is_not_a_complete_checkpoint_is_not_touched(make_run, measured):
@@ -161,6 +176,20 @@ def test_a_checkpoint_still_being_copied_can_wait(make_run, measured, student_di
     assert measured == [0, 2]
 
 
+@pytest.mark.parametrize("name, part", [("config.json", '{"model_type": '), ("tokenizer.json", None)])
+def test_a_checkpoint_waits_for_its_config_and_tokenizer(make_run, measured, student_dir, name, part):
+    run = make_run(0)
+    shutil.copytree(student_dir, run.checkpoint(2))
+    file = run.checkpoint(2) / name
+    whole = file.read_text()
+    file.unlink() if part is None else file.write_text(part)
+    work(run, once=True)
+    assert measured == [0]
+    file.write_text(whole)
+    work(run, once=True)
+    assert measured == [0, 2]
+
+
 def test_what_is_incomplete_at_the_end_is_recorded(make_run, student_dir):
     run = make_run(0)
     shutil.copytree(student_dir, run.checkpoint(2))
@@ -229,6 +258,21 @@ def test_orders_survive_their_way(config):
     assert received.evaluation.devices == ["cuda:3"]
     config.evaluation.devices = ["cuda:3"]
     assert received == config
+
+
+def test_the_best_is_linked_before_its_record_is_there(make_run, measured, monkeypatch):
+    run = make_run(0, 2)
+    append = evaluator.append_result
+
+    def look_then_append(directory, record):
+        assert (run.path / "best").resolve() == run.path.joinpath(record["path"]).resolve()
+        append(directory, record)
+
+    monkeypatch.setattr(evaluator, "append_result", look_then_append)
+    monkeypatch.setattr(evaluator.Trackers, "log", lambda self, record: pytest.fail("opened before the best is linked"))
+    with pytest.raises(pytest.fail.Exception):
+        work(run, once=True)
+    assert len(read_results(run.evals_dir)) == 1
 
 
 def test_a_result_is_not_repeated_by_whoever_waited_for_the_claim(make_run, measured):

@@ -22,6 +22,7 @@ from transformers.utils import logging as hf_logging
 
 from moe_compress.config import Config
 from moe_compress.errors import UserError
+from moe_compress.evaluation.claims import is_alive
 from moe_compress.files import directory_in_progress
 from moe_compress.modeling import load_model
 
@@ -33,8 +34,8 @@ SPIKE_STATE = "spikes.json"  # see `spikes`
 _MASTER = "master_weights.safetensors"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")
 
-# This folder of the run's evaluations is there as long as somebody watches (`evaluation.claims.presence`); then
-# checkpoints that results.jsonl does not have yet are kept.
+# In this folder of the run's evaluations is a file of each process that watches (`evaluation.claims.presence`); as long
+# as one of them lives, checkpoints that results.jsonl does not have yet are kept.
 WATCHERS = "watchers"
 
 
@@ -140,15 +141,17 @@ def rotate(run: Run, limit: int) -> None:
     """Drop the training state of all checkpoints but the newest, and all but the `limit` newest checkpoints.
 
     Never dropped: the zero-shot checkpoint, the target of `RUN/best`, and, while an evaluator is watching (see
-    `WATCHERS`), those not yet evaluated. A `limit` of 0 or less keeps all.
+    `WATCHERS`), those of which there is no result and no failure yet. A `limit` of 0 or less keeps all.
     """
     trained = [(step, path) for step, path in run.checkpoints() if step > 0]
     for _, path in trained[:-1]:
         _remove(path / TRAINING_STATE)
     if limit < 1:
         return
+    watched = any(is_alive(file) for file in (run.evals_dir / WATCHERS).glob("*"))
+    # Before `best`: an evaluator links what is the best before it writes the result.
+    evaluated = _evaluated_steps(run.evals_dir / "results.jsonl") if watched else None
     best = _resolved(run.path / "best")
-    evaluated = _evaluated_steps(run.evals_dir / "results.jsonl") if (run.evals_dir / WATCHERS).exists() else None
     for step, path in trained[:-limit]:
         if path.resolve() != best and (evaluated is None or step in evaluated):
             _remove(path)
@@ -166,7 +169,7 @@ def _evaluated_steps(results: Path) -> set[int]:
                 entry = json.loads(line)
             except ValueError:  # a line that is being written
                 continue
-            if entry.get("model") == "student" and "error" not in entry:
+            if entry.get("model") == "student":
                 steps.add(int(entry["step"]))
     return steps
 

@@ -120,6 +120,7 @@ class View:
         self.console = console or Console()
         self._targets = targets
         self._note = ""
+        self._seen: list[State] = []
         self._told: dict[Key, State] = {}
 
     @contextmanager
@@ -158,13 +159,12 @@ class View:
             self._told[state.key] = state
 
     def _states(self) -> list[State]:
-        return states(self.run, self._targets())
+        with contextlib.suppress(OSError):  # a file that went away while it was read; the next look shows it right
+            self._seen = states(self.run, self._targets())
+        return self._seen
 
     def _table(self) -> Any:
-        try:
-            return table_of(self.run, self._states(), self._note)
-        except OSError:  # a file that went away while it was read; the next second shows it right
-            return ""
+        return table_of(self.run, self._states(), self._note)
 
 
 def _who(owner: dict[str, Any]) -> str:

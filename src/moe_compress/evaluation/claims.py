@@ -111,16 +111,15 @@ def presence(directory: Path) -> Iterator[Path]:
     The directory is there exactly as long as somebody watches: what dead processes left is removed on entering.
     """
     path = directory / f"{socket.gethostname()}-{os.getpid()}.json"
-    if directory.is_dir():
-        for other in directory.iterdir():
-            if other == path or not is_alive(other):
-                other.unlink(missing_ok=True)
     while True:
         directory.mkdir(parents=True, exist_ok=True)
         try:
+            for other in directory.iterdir():
+                if other == path or not is_alive(other):
+                    other.unlink(missing_ok=True)
             _create(path)
             break
-        except FileNotFoundError:  # the last watcher left, and took the directory along, between these two lines
+        except FileNotFoundError:  # the last watcher left, and took the directory along, between these lines
             continue
     try:
         with heartbeat(path):

@@ -20,6 +20,7 @@ from moe_compress.evaluation.results import (
     Record,
     append_result,
     choose_best,
+    jsonable,
     latest_results,
     link_best,
     lost_tasks,
@@ -29,13 +30,15 @@ from moe_compress.evaluation.results import (
 from moe_compress.evaluation.teacher_pass import MOST_DEATHS, teacher_text
 from moe_compress.evaluation.teacher_text import TeacherText
 from moe_compress.evaluation.trackers import Trackers
+from moe_compress.manifest import LOCKS_NAME, locked
 from moe_compress.modeling import resolve_model_path
-from moe_compress.modeling.checkpoint import weight_files
+from moe_compress.modeling.checkpoint import read_config, weight_files
 
 if TYPE_CHECKING:
     from moe_compress.run import Run
 
 BASELINE = "baseline_svd"
+_FOR_READERS = ("README", "LICENSE", "NOTICE")  # files of a checkpoint that nothing but people need
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ class Evaluator:
                 record = failure(target, error, self.settings)
             if target.path.is_relative_to(self.run.path):  # so that a run can be moved
                 record["path"] = str(target.path.relative_to(self.run.path))
-            append_result(self.run.evals_dir, record)
+            update_best(self.run, record)
             free_memory()
         self._trackers.log(record)
         return True
@@ -152,12 +155,15 @@ def student_targets(run: Run) -> list[Target]:
 
 
 def is_whole(target: Target) -> bool:
-    """Whether all weights are there: not of a checkpoint that somebody is still copying."""
+    """Whether weights, config, tokenizer and code are there: not of a checkpoint that somebody is still copying."""
     try:
         weight_files(target.path)
+        read_config(target.path)
     except UserError:
         return False
-    return True
+    beside = [file.name for file in target.path.with_name("checkpoint-0").glob("*") if file.is_file()]
+    needed = [name for name in beside if ".safetensors" not in name and not name.startswith(_FOR_READERS)]
+    return all((target.path / name).exists() for name in needed)
 
 
 def no_checkpoint(run: Run) -> UserError:
@@ -171,13 +177,25 @@ def teacher_path(config: Config) -> Path:
     return resolve_model_path(other) if other else resolve_model_path(config.model.name, config.model.revision)
 
 
-def update_best(run: Run) -> None:
-    """Link `RUN/best` to the best checkpoint measured so far, if any is."""
+def update_best(run: Run, *new: Record) -> None:
+    """Append new records, and link `RUN/best` to the best checkpoint of all, in one step for all processes.
+
+    The link comes first: a trainer may delete a checkpoint as soon as its record is there, but not the best one.
+
+    Raises:
+        UserError: no record has the metric of the settings.
+    """
     evaluation = run.config.evaluation
-    latest = latest_results(read_results(run.evals_dir), settings_fingerprint(run.config))
-    best = choose_best(latest.values(), evaluation.metric, evaluation.greater_is_better, run.path)
-    if best is not None:
-        link_best(run.path, run.path / best["path"])
+    with locked(run.path / LOCKS_NAME / "best", wait=True):
+        records = [*read_results(run.evals_dir), *map(jsonable, new)]
+        latest = latest_results(records, settings_fingerprint(run.config))
+        try:
+            best = choose_best(latest.values(), evaluation.metric, evaluation.greater_is_better, run.path)
+            if best is not None:
+                link_best(run.path, run.path / best["path"])
+        finally:
+            for record in new:
+                append_result(run.evals_dir, record)
 
 
 def failure(target: Target, error: Exception, settings: str) -> Record:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
@@ -59,6 +61,7 @@ def watch_run(run: Run, once: bool = False) -> None:
         raise no_checkpoint(run)
     view = View(run, lambda: student_targets(run))
     with ExitStack() as stack:
+        stack.enter_context(_ended_by_sigterm())
         _record_stage(run, stack)
         stack.enter_context(presence(run.evals_dir / "watchers"))
         stack.enter_context(view.shown())
@@ -171,6 +174,19 @@ class Worker:
     def _last_line(self) -> str:
         lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
         return next((line for line in reversed(lines) if line.startswith("error: ")), f"error: see {self.log}")
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM, by which a scheduler ends a job, ends the block like Ctrl-C; only the main thread can be told."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _record_stage(run: Run, stack: ExitStack) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from moe_compress import settings
 from moe_compress.config import Config
 from moe_compress.errors import UserError
-from moe_compress.evaluation.evaluator import Evaluator, is_whole, student_targets, update_best
+from moe_compress.evaluation.evaluator import Evaluator, is_whole, student_targets
 from moe_compress.run import Run
 
 COMPLETE = "training_complete.json"  # written by `distill` when its last stage has ended
@@ -71,7 +71,6 @@ def work(run: Run, once: bool = False, say: Callable[[str], None] = print, devic
         # One that is still being copied can wait; when nothing more will come, it is recorded with what it lacks.
         ready = list(filter(is_whole, pending)) or (pending if complete else [])
         if any(evaluator.measure(target) for target in ready):
-            update_best(run)
             continue
         if once or (complete and not pending):
             break
