@@ -209,6 +209,7 @@ def test_interpolations_are_resolved_at_once() -> None:
         ("seed", "'seed' is not a setting"),
         ("~seed", "only an entry of a mapping"),
         ("model=", "model.name='' must be a name"),
+        ("run=", "run='' must be a name"),
     ],
 )
 def test_nonsense_is_refused_in_one_line_that_names_the_key(override: str, words: str) -> None:

@@ -56,6 +56,7 @@ _RULES: dict[type, dict[str, _Rule]] = {
     schema.Config: {
         "experiment_name": _Rule(lambda name: bool(name.strip()) and "/" not in name, "a name without slashes"),
         "seed": _between(0, 2**32 - 1),
+        "run": _NOT_EMPTY,
     },
     schema.ModelConfig: {"name": _NOT_EMPTY, "dtype": _one_of(*_DTYPES)},
     schema.DatasetConfig: {
@@ -179,10 +180,11 @@ def _check_sampled(distillation: schema.DistillationConfig) -> None:
     generation = distillation.teacher.generation
     if generation.encoder != "sample" or not distillation.teacher.use_cached_logits:
         return
-    common = distillation.loss.temperature
-    stages = [common if stage.temperature is None else stage.temperature for stage in distillation.stages]
-    for temperature in stages or [common]:
-        if temperature not in (1, generation.sample_temperature):
+    loss = distillation.loss
+    for stage in distillation.stages or [schema.StageConfig()]:
+        alpha = loss.alpha if stage.alpha is None else stage.alpha
+        temperature = loss.temperature if stage.temperature is None else stage.temperature
+        if stage.kind == "train" and alpha > 0 and temperature not in (1, generation.sample_temperature):
             raise UserError(
                 f"distillation.loss.temperature (or a stage's) is {temperature:g}, but a cache of "
                 "distillation.teacher.generation.encoder=sample serves 1 and sample_temperature="

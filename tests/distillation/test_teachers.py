@@ -91,6 +91,8 @@ def test_temperatures_that_draws_cannot_serve_are_refused_at_once(make_run: Make
     compose([sample, "distillation.loss.temperature=2", "distillation.teacher.use_cached_logits=false"])
     with pytest.raises(UserError, match="is 3, but"):
         compose([sample, "distillation.loss.temperature=1", "distillation.stages=[{steps: 1, temperature: 3}]"])
+    for unasked in ("alpha: 0", "kind: blockwise"):
+        compose([sample, f"distillation.stages=[{{steps: 1, temperature: 3, {unasked}}}]"])
 
 
 @pytest.fixture
