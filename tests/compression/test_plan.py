@@ -132,6 +132,20 @@ def test_only_headers_are_read(
     assert all(parameter.is_meta for parameter in nn.Module.parameters(source.map.model))
 
 
+def test_of_a_hub_model_headers_are_enough(
+    model_dir: Callable[[str], Path], settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = model_dir("olmoe")
+
+    def download_headers(name: str, revision: str | None, directory: Path) -> Path:
+        assert name == "someone/model"
+        return Path(shutil.copytree(source, directory, dirs_exist_ok=True))
+
+    monkeypatch.setattr("moe_compress.modeling.hub.download_headers", download_headers)
+    found, expected = plan(settings("someone/model")), plan(settings(source))
+    assert found == replace(expected, model="someone/model", path="someone/model")
+
+
 def test_printed(model_dir: Callable[[str], Path], settings: Settings) -> None:
     result = planned(settings(model_dir("olmoe"), calibrate=True))
     stream = io.StringIO()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
@@ -149,12 +150,17 @@ class Plan:
 def plan(config: Config) -> Plan:
     """Plan a compression from the headers of the checkpoint, check that it makes sense, and print it.
 
+    Of a model on the hub, headers and small files are downloaded.
+
     Raises:
         UserError: the model cannot be compressed, or not with these settings.
     """
     from moe_compress.compression.plan_table import print_plan
 
-    result = make_plan(open_model(config.model), config)
+    with TemporaryDirectory() as directory:
+        result = make_plan(open_model(config.model, Path(directory)), config)
+    if result.path == directory:
+        result = replace(result, path=config.model.name)
     check_plan(result)
     print_plan(result)
     return result

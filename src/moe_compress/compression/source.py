@@ -32,14 +32,17 @@ class SourceModel:
     dequantized: bool = False
 
 
-def open_model(settings: ModelConfig) -> SourceModel:
+def open_model(settings: ModelConfig, headers: Path | None = None) -> SourceModel:
     """Open the model to compress; no weight is read.
+
+    Args:
+        headers: where no more than headers are needed, a directory to put those of a hub model.
 
     Raises:
         UserError: no such model, not safetensors, already compressed or quantized, dense, of an architecture that
             cannot be compressed, or incomplete.
     """
-    path = resolve_model_path(settings.name, settings.revision)
+    path = resolve_model_path(settings.name, settings.revision, headers=headers)
     raw_config = read_config(path)
     quantization = raw_config.get("quantization_config")
     if quantization:

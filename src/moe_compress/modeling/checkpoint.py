@@ -13,18 +13,16 @@ from moe_compress.errors import UserError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-_DOWNLOADED = [
-    *("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"),
-    *("README.md", "LICENSE*", "NOTICE*"),  # the card of a compressed model tells its license, whose text comes along
-]
 
 
-def resolve_model_path(name: str | Path, revision: str | None = None) -> Path:
+def resolve_model_path(name: str | Path, revision: str | None = None, *, headers: Path | None = None) -> Path:
     """The directory of a model: the reference model's, a local one, or a hub repository's after downloading it.
 
     Args:
         name: `reference`, a local directory, or a hub id such as `Qwen/Qwen3-30B-A3B`.
         revision: branch, tag or commit on the hub.
+        headers: an empty directory that stands for a hub repository whose headers are all that is needed: no weights
+            are downloaded then, see `hub.download_headers`.
 
     Raises:
         UserError: no such directory or repository, or the hub cannot be reached.
@@ -45,42 +43,9 @@ def resolve_model_path(name: str | Path, revision: str | None = None) -> Path:
     text = str(name)
     if text.startswith((".", "~", "/")) or text.count("/") > 1 or "\\" in text:
         raise UserError(f"{name}: no such directory")
-    return _download(text, revision)
+    from moe_compress.modeling import hub
 
-
-def _download(repository: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        return Path(
-            snapshot_download(
-                repository,
-                revision=revision,
-                allow_patterns=_DOWNLOADED,
-                # Originals in the publisher's own format, which would double the download.
-                ignore_patterns=["original/*", "consolidated*", "metal/*"],
-            )
-        )
-    except GatedRepoError as error:
-        raise UserError(
-            f"{repository} is gated: accept its terms on the hub and log in with `hf auth login`"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise UserError(f"{repository} has no revision {revision!r} on the hub") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise UserError(f"{repository} is neither a local directory nor a model on the hub; check its name") from error
-    except (LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"{repository} is not a local directory, and the hub cannot be reached to download it; check the name, the "
-            "network, or HF_HUB_OFFLINE"
-        ) from error
+    return hub.download(text, revision) if headers is None else hub.download_headers(text, revision, headers)
 
 
 def read_config(path: Path) -> dict[str, Any]:
