@@ -77,6 +77,9 @@ def test_what_a_watcher_has_not_evaluated_is_kept(run: Run) -> None:
     )
     rotate(run, 1)
     assert steps(run) == [0, 5, 25, 30]
+    results(run, {"model": "student", "step": 5, "weights": "of a training before"})
+    rotate(run, 1)
+    assert steps(run) == [0, 5, 25, 30]
     watcher.write_text(json.dumps({**process_identity(), "started": "before"}))  # killed: its file stays
     rotate(run, 1)
     assert steps(run) == [0, 30]

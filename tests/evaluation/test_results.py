@@ -17,6 +17,7 @@ from moe_compress.evaluation.results import (
     metrics_of,
     read_results,
     settings_fingerprint,
+    weights_of,
 )
 
 
@@ -84,6 +85,16 @@ def test_best_is_chosen_among_existing_students(tmp_path):
     assert choose_best([], "kl", False, tmp_path) is None
     with pytest.raises(UserError, match="'accuracy', which was not measured; choose one of: kl, perplexity"):
         choose_best(records, "accuracy", True, tmp_path)
+
+
+def test_what_was_trained_again_is_not_the_best_by_its_old_score(tmp_path):
+    for step in (0, 1):
+        (tmp_path / f"checkpoints/checkpoint-{step}").mkdir(parents=True)
+        (tmp_path / f"checkpoints/checkpoint-{step}/config.json").write_text(f'{{"step": {step}}}')
+    weights = [weights_of(tmp_path / f"checkpoints/checkpoint-{step}") for step in (0, 1)]
+    old, now = record(1, kl=0.1, weights=weights[0]), record(0, kl=0.2, weights=weights[0])
+    assert choose_best([old, now], "kl", False, tmp_path) == now
+    assert choose_best([old | {"weights": weights[1]}, now], "kl", False, tmp_path)["step"] == 1
 
 
 def test_a_metric_that_may_come_yet_is_not_refused(tmp_path):

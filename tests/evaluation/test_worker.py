@@ -73,6 +73,22 @@ def test_a_failing_checkpoint_stops_nothing_and_is_not_tried_again(make_run, mea
     assert (failure["model"], failure["step"], failure["path"]) == ("student", 13, "checkpoints/checkpoint-13")
 
 
+def test_a_checkpoint_that_was_trained_again_is_measured_again(make_run, measured, teacher_dir, monkeypatch):
+    run = make_run(0, 2)
+    work(run, once=True)
+    run.checkpoint(2).unlink()
+    run.checkpoint(2).symlink_to(teacher_dir, target_is_directory=True)
+    work(run, once=True)
+    assert measured == [0, 2, 2]
+    run.checkpoint(0).unlink()
+    run.checkpoint(0).symlink_to(teacher_dir, target_is_directory=True)
+    monkeypatch.setattr(measure, "evaluate_model", None)  # it cannot be measured now, which is tried once
+    for _ in range(2):
+        work(run, once=True)
+    assert len(read_results(run.evals_dir)) == 4
+    assert evaluator.Evaluator(run).latest()["student", 0]["error"]
+
+
 def test_a_checkpoint_renamed_away_while_it_is_looked_at_is_none(make_run, monkeypatch):
     run = make_run(0)
     run.checkpoint(2).mkdir()

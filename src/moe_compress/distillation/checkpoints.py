@@ -8,7 +8,6 @@ checkpoint has that folder.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from transformers.utils import logging as hf_logging
 from moe_compress.config import Config
 from moe_compress.errors import UserError
 from moe_compress.evaluation.claims import is_alive
+from moe_compress.evaluation.results import is_of, read_results
 from moe_compress.files import directory_in_progress
 from moe_compress.modeling import load_model
 
@@ -150,28 +150,18 @@ def rotate(run: Run, limit: int) -> None:
         return
     watched = any(is_alive(file) for file in (run.evals_dir / WATCHERS).glob("*"))
     # Before `best`: an evaluator links what is the best before it writes the result.
-    evaluated = _evaluated_steps(run.evals_dir / "results.jsonl") if watched else None
+    records = read_results(run.evals_dir) if watched else []
     best = _resolved(run.path / "best")
     for step, path in trained[:-limit]:
-        if path.resolve() != best and (evaluated is None or step in evaluated):
+        evaluated = any(
+            record["model"] == "student" and record["step"] == step and is_of(record, path) for record in records
+        )
+        if path.resolve() != best and (evaluated or not watched):
             _remove(path)
 
 
 def _resolved(link: Path) -> Path | None:
     return link.resolve() if link.exists() else None
-
-
-def _evaluated_steps(results: Path) -> set[int]:
-    steps = set()
-    if results.exists():
-        for line in results.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:  # a line that is being written
-                continue
-            if entry.get("model") == "student":
-                steps.add(int(entry["step"]))
-    return steps
 
 
 def _remove(path: Path) -> None:

@@ -20,12 +20,14 @@ from moe_compress.evaluation.results import (
     Record,
     append_result,
     choose_best,
+    is_of,
     jsonable,
     latest_results,
     link_best,
     lost_tasks,
     read_results,
     settings_fingerprint,
+    weights_of,
 )
 from moe_compress.evaluation.teacher_pass import MOST_DEATHS, teacher_text
 from moe_compress.evaluation.teacher_text import TeacherText
@@ -97,6 +99,7 @@ class Evaluator:
                 return True
             self._attempted.add(target.key)
             self.say(f"evaluating {target.model} {target.path.name}")
+            weights = weights_of(target.path)
             try:
                 if attempt > MOST_DEATHS:
                     raise UserError(f"{attempt - 1} evaluators died at it (out of memory?)")
@@ -106,6 +109,7 @@ class Evaluator:
                 record = failure(target, error, self.settings)
             if target.path.is_relative_to(self.run.path):  # so that a run can be moved
                 record["path"] = str(target.path.relative_to(self.run.path))
+            record["weights"] = weights
             update_best(self.run, record)
             free_memory()
         self._trackers.log(record)
@@ -126,7 +130,7 @@ class Evaluator:
 
     def _is_done(self, target: Target, latest: dict[Key, Record]) -> bool:
         record = latest.get(target.key)
-        if record is None:
+        if record is None or not is_of(record, target.path):
             return False
         failed = "error" in record or lost_tasks(record)
         return not failed or target.key in self._attempted or not self._retry_errors

@@ -12,7 +12,7 @@ from moe_compress.evaluation.layer_forms import cut_to_aligned_ranks, random_lay
 from moe_compress.evaluation.machine import describe_machine, placement
 from moe_compress.evaluation.measure import load
 from moe_compress.evaluation.model_speed import model_speed
-from moe_compress.evaluation.results import Key, jsonable
+from moe_compress.evaluation.results import Key, jsonable, weights_of
 from moe_compress.evaluation.samples import write_samples
 from moe_compress.evaluation.speed import layer_speed
 from moe_compress.evaluation.variants import OURS, SVD
@@ -54,7 +54,7 @@ def write_sample_file(run: Run, paths: Mapping[Key, Path]) -> None:
             chosen[distilled] = paths[last]
     made_from = fingerprint(
         {
-            "models": {name: str(path) for name, path in chosen.items()},
+            "models": {name: weights_of(path) or str(path) for name, path in chosen.items()},
             "prompt": evaluation.prompt,
             "tokens": evaluation.generate_tokens,
             "text": vars(evaluation.perplexity),

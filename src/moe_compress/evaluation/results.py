@@ -7,10 +7,12 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from moe_compress.config import Config
+from moe_compress.distillation.fingerprints import teacher_fingerprint
 from moe_compress.errors import UserError
 from moe_compress.files import append_line, fingerprint
 
@@ -62,16 +64,42 @@ def read_results(evals_dir: Path) -> list[Record]:
 def latest_results(records: Iterable[Record], settings: str | None = None) -> dict[Key, Record]:
     """The last record of each (model, step), of those measured with the given settings where these are given.
 
-    A record of an error yields to an earlier success: only the next success replaces that.
+    A record of an error yields to an earlier success with the same weights: only the next success replaces that.
     """
     latest: dict[Key, Record] = {}
     for record in records:
         if settings is not None and record.get("settings") != settings:
             continue
         key = (record["model"], int(record["step"]))
-        if "error" not in record or "error" in latest.get(key, record):
+        before = latest.get(key, record)
+        if "error" not in record or "error" in before or not _same(record.get("weights"), before.get("weights")):
             latest[key] = record
     return latest
+
+
+def is_of(record: Record, checkpoint: Path) -> bool:
+    """Whether a record is of the weights that a directory has now, as far as it says (those of old versions do not)."""
+    return _same(record.get("weights"), weights_of(checkpoint))
+
+
+def weights_of(checkpoint: Path) -> str | None:
+    """The `teacher_fingerprint` of a directory, taken once per state of its files; None if it cannot be read."""
+    try:
+        files = [checkpoint / "config.json", *sorted(checkpoint.glob("*.safetensors"))]
+        return _fingerprint(
+            checkpoint, tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+        )
+    except (UserError, OSError):
+        return None
+
+
+@cache
+def _fingerprint(checkpoint: Path, state: tuple[tuple[str, int, int], ...]) -> str:
+    return teacher_fingerprint(checkpoint)
+
+
+def _same(one: str | None, other: str | None) -> bool:
+    return None in (one, other) or one == other
 
 
 def append_result(evals_dir: Path, record: Record) -> None:
@@ -110,16 +138,14 @@ def lost_tasks(record: Record) -> dict[str, str]:
 
 
 def choose_best(records: Iterable[Record], metric: str, greater_is_better: bool, run_path: Path) -> Record | None:
-    """The best measured student checkpoint that still exists, the earliest of equals; None without any.
+    """The best measured student checkpoint that still exists as it was, the earliest of equals; None without any.
 
     Raises:
         UserError: no record has that metric, and not because it was not finite or a task had no data.
     """
-    candidates = [
-        record
-        for record in records
-        if record["model"] == "student" and "error" not in record and (run_path / record["path"]).is_dir()
-    ]
+    students = [record for record in records if record["model"] == "student" and "error" not in record]
+    there = [record for record in students if (run_path / record["path"]).is_dir()]
+    candidates = [record for record in there if is_of(record, run_path / record["path"])]
     scored = [(metrics_of(record)[metric], record) for record in candidates if metric in metrics_of(record)]
     if candidates and not scored and not any(_may_lack(record, metric) for record in candidates):
         known = sorted({name for record in candidates for name in metrics_of(record)})
