@@ -114,11 +114,15 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def _no_weights(path: Path) -> str:
-    shards = sorted(path.glob("*.safetensors"))
+    try:
+        names = sorted(file.name for file in path.iterdir())
+    except OSError:  # a trainer has just renamed it away
+        names = []
+    shards = [name for name in names if name.endswith(".safetensors")]
     if shards:
-        return f"{path} has shards like {shards[0].name} but no {INDEX_FILE}; get the checkpoint again"
-    names = (file.name for file in path.iterdir() if file.suffix in _PICKLE_SUFFIXES)
-    pickled = sorted(name for name in names if name != "training_args.bin")  # the Trainer's, no weights
+        return f"{path} has shards like {shards[0]} but no {INDEX_FILE}; get the checkpoint again"
+    # The Trainer's arguments are no weights.
+    pickled = [name for name in names if name.endswith(_PICKLE_SUFFIXES) and name != "training_args.bin"]
     if not pickled:
         return f"{path} has no {SINGLE_FILE} and no {INDEX_FILE}; there are no weights to load"
     return (
