@@ -17,7 +17,7 @@ import pytest
 from moe_compress.config import DatasetConfig
 from moe_compress.errors import UserError
 from moe_compress.evaluation import watch
-from moe_compress.evaluation.results import read_results
+from moe_compress.evaluation.results import append_result, read_results, settings_fingerprint
 from moe_compress.evaluation.watch import device_groups, watch_run
 from moe_compress.freeze import store
 from moe_compress.run import Run
@@ -148,22 +148,40 @@ def test_a_worker_that_dies_is_started_again_and_ctrl_c_ends_all(make_run, start
     assert not list((run.evals_dir / "claims").iterdir()) and not (run.evals_dir / "watchers").exists()
 
 
+class NoWorker:
+    """Stands in for a worker that has nothing to do."""
+
+    def __init__(self, run: Run, *_: object) -> None:
+        self.run = run
+
+    def __enter__(self) -> NoWorker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+    def look_after(self) -> bool:
+        return False
+
+
+def test_one_pass_names_what_could_not_be_measured(make_run, monkeypatch):
+    monkeypatch.setattr(watch, "Worker", NoWorker)
+    run = make_run(0, 2)
+    common = {"model": "student", "path": "a", "settings": settings_fingerprint(run.config)}
+    append_result(run.evals_dir, {**common, "step": 0, "perplexity": 3.0})
+    watch_run(run, once=True)
+    append_result(run.evals_dir, {**common, "step": 2, "error": "no memory"})
+    with pytest.raises(UserError, match="^student at step 2 could not be measured: no memory"):
+        watch_run(run, once=True)
+
+
 def test_sigterm_ends_it_like_ctrl_c(make_run, monkeypatch):
-    class Told:
-        def __init__(self, run, *_):
-            self.watchers = run.evals_dir / "watchers"
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def stop(self):
-            pass
-
+    class Told(NoWorker):
         def look_after(self):
-            assert list(self.watchers.iterdir())
+            assert list((self.run.evals_dir / "watchers").iterdir())
             os.kill(os.getpid(), signal.SIGTERM)
             return True
 
@@ -203,9 +221,10 @@ def test_devices_are_divided_among_workers(config):
     config.evaluation.devices = ["cpu", "cuda:7"]
     with pytest.raises(UserError, match="evaluation.devices names 'cuda:7', but this machine has"):
         device_groups(config)
-    config.evaluation.devices = ["gpu0"]
-    with pytest.raises(UserError, match="evaluation.devices names 'gpu0'; use cpu, cuda"):
-        device_groups(config)
+    for name in ("gpu0", "meta", "mps", "xpu:1"):
+        config.evaluation.devices = [name]
+        with pytest.raises(UserError, match=f"evaluation.devices names '{name}'; use cpu, cuda"):
+            device_groups(config)
 
 
 def test_several_gpus_for_one_model(config, monkeypatch):

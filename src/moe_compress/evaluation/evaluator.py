@@ -236,7 +236,7 @@ def require_measured(run: Run, records: Iterable[Record]) -> None:
             failed[f"task {task}"] = error
     if failed:
         error = next(iter(failed.values()))
-        raise UserError(f"{', '.join(failed)} could not be measured: {error} (all else was, see {run.evals_dir})")
+        raise UserError(f"{', '.join(failed)} could not be measured: {error} (what was, is in {run.evals_dir})")
 
 
 def free_memory() -> None:

@@ -77,7 +77,9 @@ def _existing_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"evaluation.devices names '{name}'; use cpu, cuda, cuda:1 ...") from None
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"evaluation.devices names '{name}'; use cpu, cuda, cuda:1 ...")
     count = torch.cuda.device_count()
     if device.type == "cuda" and (count == 0 or (device.index or 0) >= count):
         found = f"has only cuda:0 to cuda:{count - 1}" if count else "has no CUDA device"

@@ -24,10 +24,10 @@ from moe_compress.config import Config
 from moe_compress.errors import UserError
 from moe_compress.evaluation.board import View
 from moe_compress.evaluation.claims import presence
-from moe_compress.evaluation.evaluator import no_checkpoint, student_targets
+from moe_compress.evaluation.evaluator import no_checkpoint, require_measured, student_targets
 from moe_compress.evaluation.harness import check_tasks
 from moe_compress.evaluation.machine import choose_device
-from moe_compress.evaluation.results import read_results
+from moe_compress.evaluation.results import latest_results, read_results, settings_fingerprint
 from moe_compress.evaluation.worker import Orders
 from moe_compress.schema import flatten
 
@@ -53,7 +53,7 @@ def watch_run(run: Run, once: bool = False) -> None:
 
     Raises:
         UserError: an unknown task, metric or device, a teacher that cannot be loaded, workers that die again and again,
-            or, with `once`, a run without checkpoints.
+            or, with `once`, a run without checkpoints, or one of which something could not be measured.
     """
     groups = device_groups(run.config)
     check_tasks(run.config.evaluation)
@@ -75,6 +75,9 @@ def watch_run(run: Run, once: bool = False) -> None:
             for worker in workers:  # all at once; leaving the stack waits for each
                 worker.stop()
     view.say("watch: " + ("one pass done" if once else "training is complete, everything is evaluated"))
+    if once:
+        latest = latest_results(read_results(run.evals_dir), settings_fingerprint(run.config))
+        require_measured(run, [latest[target.key] for target in student_targets(run) if target.key in latest])
 
 
 def device_groups(config: Config) -> list[list[str]]:
