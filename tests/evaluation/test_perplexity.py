@@ -15,6 +15,7 @@ from moe_compress.evaluation import perplexity as module
 from moe_compress.evaluation import teacher_text
 from moe_compress.evaluation.perplexity import held_out_rows, score_text
 from moe_compress.evaluation.results import settings_fingerprint
+from moe_compress.evaluation.routing import LayerRouting, overlap
 from moe_compress.evaluation.teacher_pass import teacher_text as scored_text
 from moe_compress.evaluation.teacher_text import TeacherRows, TeacherText, TeacherTextWriter
 
@@ -138,6 +139,12 @@ def test_routing_is_what_the_router_chose():
         assert layer["unused"] == int((load == 0).sum())
         assert layer["entropy"] == pytest.approx(float(-torch.special.xlogy(share, share).sum() / math.log(8)))
         assert layer["largest"] == pytest.approx(float(share.max() * 8))
+
+
+def test_a_teacher_with_more_experts_is_compared_too():
+    ours = LayerRouting(4)
+    ours.add(torch.tensor([[0, 1], [2, 3]]))
+    assert overlap(ours, torch.tensor([[1, 7], [3, 2]])) == pytest.approx(0.75)
 
 
 def test_a_token_the_teacher_rules_out_adds_nothing():

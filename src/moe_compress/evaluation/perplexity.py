@@ -81,7 +81,7 @@ def score_text(
             f"set evaluation.perplexity.max_length to {most} or less"
         )
     model.eval()
-    labels = torch.ones_like(rows[:, 1:], dtype=torch.bool) if labelled is None else labelled[:, 1:]
+    labels = torch.ones(rows.shape, dtype=torch.bool)[:, 1:] if labelled is None else labelled[:, 1:].cpu()
     losses, divergences, agreements = [], [], []
     overlaps: dict[str, float] = {}
     with recorded_routing(model) as routing:

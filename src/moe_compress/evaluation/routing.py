@@ -61,13 +61,15 @@ def overlap(ours: LayerRouting, theirs: Tensor) -> float:
 
     Args:
         ours: the routing.
-        theirs: `[T, k]`, the other model's choice for the same tokens.
+        theirs: `[T, k]`, the other model's choice for the same tokens, perhaps of more experts.
     """
     if ours.last is None:
         raise ValueError("no forward pass was recorded")
 
+    width = max(ours.experts, int(theirs.max())) + 1
+
     def mask(chosen: Tensor) -> Tensor:
-        return torch.zeros(len(chosen), ours.experts + 1, device=chosen.device).scatter_(1, chosen, 1.0)
+        return torch.zeros(len(chosen), width, device=chosen.device).scatter_(1, chosen, 1.0)
 
     return float((mask(ours.last) * mask(theirs.to(ours.last.device))).sum(-1).mean() / ours.top_k)
 
