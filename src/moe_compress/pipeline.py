@@ -6,6 +6,7 @@ import json
 
 from moe_compress.config import Config
 from moe_compress.distillation.stages import reads_cache
+from moe_compress.errors import UserError
 from moe_compress.run import Run
 from moe_compress.settings import compose
 
@@ -31,7 +32,12 @@ def run_all(run: Run) -> None:
         baseline = Run.create(run.path / BASELINE, baseline_config(run))
         compress(baseline)
         distill(baseline)
-    evaluate_run(run)
+    try:
+        evaluate_run(run)
+    except UserError:
+        if run.finished("evaluate"):  # something could not be measured; the rest was
+            write_report(run)
+        raise
     write_report(run)
 
 
