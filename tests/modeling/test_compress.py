@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from moe_compress.errors import UserError
-from moe_compress.modeling import compress_in_memory, factor_tensors, find_experts, find_shared_cores, fold_in_memory
+from moe_compress.modeling import (
+    compress_in_memory,
+    factor_tensors,
+    find_experts,
+    find_shared_cores,
+    fold_in_memory,
+    materialize_in_memory,
+)
 
 
 @pytest.fixture
@@ -84,3 +91,16 @@ def test_factor_tensors_are_contiguous_and_complete(random_factors: Callable[...
 def test_folding_an_original_model_is_refused(tiny_model: Callable[..., Any]) -> None:
     with pytest.raises(UserError, match="no shared cores"):
         fold_in_memory(tiny_model("olmoe"))
+
+
+def test_offloaded_experts_are_refused(
+    tiny_model: Callable[..., Any], compressed: Callable[..., Any], results: Any
+) -> None:
+    model, student = tiny_model("olmoe"), compressed(tiny_model("olmoe"), "wrapper")
+    for offloaded in (model, student):
+        offloaded.model.layers[1].to("meta")  # as accelerate leaves what `device_map` puts on disk
+    assert_refused(model, results, "layers.1.mlp.experts: its weights are not in memory")
+    for change in (fold_in_memory, materialize_in_memory):
+        with pytest.raises(UserError, match="layers.1.mlp.experts: its weights are not in memory"):
+            change(student)
+    assert len(find_shared_cores(student)) == 2

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.utils.parametrize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -144,6 +146,24 @@ def test_autocast_reaches_the_grouped_gemms(monkeypatch: pytest.MonkeyPatch) -> 
     with torch.autocast("cpu", dtype=torch.bfloat16):
         shared(original("gated"))(*route(4, 2))
     assert seen == {torch.bfloat16}
+
+
+def test_a_gate_that_autocast_leaves_in_fp32(path: str) -> None:
+    """On a GPU autocast computes powers in fp32, such as the square in Nemotron's activation."""
+
+    class Squared(torch.nn.Module):
+        def forward(self, inner: Tensor) -> Tensor:
+            return inner.float().relu() ** 2
+
+    replacement = shared(original("no_gate"))
+    inputs = route(4, 2)
+    expected = replacement(*inputs).detach()
+    replacement.act_fn = Squared()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        replacement(*inputs).sum().backward()
+        with torch.no_grad():
+            out = replacement(*inputs)
+    torch.testing.assert_close(out, expected, rtol=0.1, atol=0.1 * float(expected.abs().max()))
 
 
 def test_autocast_accepts_16_bit_activations(path: str) -> None:
@@ -352,6 +372,23 @@ def test_a_deep_copy_is_independent() -> None:
     with torch.no_grad():
         replacement.down_proj.zero_()
     assert torch.equal(twin(*inputs), expected)
+
+
+@pytest.mark.parametrize(("parameterization", "cores"), [("delta", 1), ("delta", 0), ("wrapper", 1)])
+def test_parameters_may_be_kept_elsewhere(parameterization: str, cores: int) -> None:
+    """`DataParallel`, which the Trainer uses on several GPUs without torchrun, has plain tensors in its replicas; PEFT
+    computes a parameter that it adapts from two."""
+    replacement = shared(original("gpt_oss"), parameterization, cores)
+    inputs = route(3, 2)
+    expected, shown = replacement(*inputs), replacement.extra_repr()
+    replica: Any = replacement._replicate_for_data_parallel()
+    for name, parameter in replacement.named_parameters():
+        setattr(replica, name, parameter * 1)
+    assert torch.equal(replica(*inputs), expected)
+    for name, _ in list(replacement.named_parameters()):
+        torch.nn.utils.parametrize.register_parametrization(replacement, name, torch.nn.Identity())
+    assert torch.equal(replacement(*inputs), expected)
+    assert replacement.extra_repr() == shown
 
 
 def test_factors_of_other_shapes_are_refused() -> None:

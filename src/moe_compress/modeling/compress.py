@@ -15,7 +15,7 @@ from moe_compress.factorization.factors import Factors
 from moe_compress.modeling.config import SharedCoreConfig
 from moe_compress.modeling.conversions import set_conversions
 from moe_compress.modeling.experts import SharedCoreExperts, find_shared_cores, set_empty_cores_aside
-from moe_compress.modeling.find import find_experts
+from moe_compress.modeling.find import find_experts, require_weights
 from moe_compress.modeling.tensors import layout_of, parameterization_of
 
 
@@ -37,7 +37,8 @@ def compress_in_memory(
         The model: `save_pretrained` writes a checkpoint that `from_pretrained` reads after `import moe_compress`.
 
     Raises:
-        UserError: a layer or projection without factors, factors of unknown layers, or of other shapes than the model.
+        UserError: a layer or projection without factors, factors of unknown layers, or of other shapes than the model;
+            experts that are offloaded.
     """
     experts = {facts.name: facts for facts in find_experts(model)}
     if set(results) != set(experts):
@@ -45,6 +46,7 @@ def compress_in_memory(
         raise UserError(
             f"factors do not fit the model: missing for {missing or 'none'}, unknown layers {unknown or 'none'}"
         )
+    require_weights({name: facts.module for name, facts in experts.items()})
     parameterization = parameterization_of([factors for layer in results.values() for factors in layer.values()])
     layers = {
         name: {projection: layout_of(factors) for projection, factors in layer.items()}
@@ -77,11 +79,12 @@ def fold_in_memory(model: Any) -> Any:
     """Fold every wrapper of a compressed model into core and delta, in place, and say so in its config.
 
     Raises:
-        UserError: the model is not compressed.
+        UserError: the model is not compressed, or its experts are offloaded.
     """
     cores = find_shared_cores(model)
     if not cores:
         raise UserError(f"{type(model).__name__} has no shared cores to fold; compress it first")
+    require_weights(cores)
     for module in cores.values():
         module.fold_()
     old = model.config.quantization_config

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from moe_compress.errors import UserError
-from moe_compress.factorization.budget import Form
 from moe_compress.factorization.factors import DeltaFactors, Factors, WrapperFactors
 from moe_compress.modeling.cores import collect_products, spread_products
 from moe_compress.modeling.expert_mm import by_row, expert_mm, out_side, row_rounding, rows_per_gemm
@@ -32,11 +31,11 @@ from moe_compress.modeling.tensors import (
     Layout,
     Parameterization,
     cast_factors,
+    factor_names,
     factor_shapes,
     factor_tensors,
     factors_from_tensors,
     layout_of,
-    make_layout,
     stored_dtype,
     working_dtype,
 )
@@ -87,14 +86,13 @@ class SharedCoreExperts(nn.Module):
         self.parameterization: Parameterization = parameterization
         self.num_experts: int = facts.num_experts
         copy_attributes(original, self)
-        self.core_groups: dict[str, list[int]] = {
-            projection: own["groups"] for projection, own in layout.items() if own["cores"] > 1
-        }
+        # The module's entry in `SharedCoreConfig.layers`.
+        self.layout: dict[str, Layout] = {projection: layout[projection] for projection in facts.projections}
         self._group_indices: dict[tuple[str, torch.device], Tensor] = {}
-        for projection, groups in self.core_groups.items():
-            if len(groups) != self.num_experts:
-                raise UserError(f"{projection}: {len(groups)} experts are given a core, there are {self.num_experts}")
         for projection, shape in facts.projections.items():
+            groups = layout[projection].get("groups")
+            if groups is not None and len(groups) != self.num_experts:
+                raise UserError(f"{projection}: {len(groups)} experts are given a core, there are {self.num_experts}")
             weight = getattr(original, projection)
             for name, size in factor_shapes(projection, shape, layout[projection], parameterization).items():
                 values = torch.empty(size, device=weight.device, dtype=weight.dtype)
@@ -108,39 +106,31 @@ class SharedCoreExperts(nn.Module):
         """The names of the two projections."""
         return up_projection(self), "down_proj"
 
-    @property
-    def layout(self) -> dict[str, Layout]:
-        """The module's entry in `SharedCoreConfig.layers`."""
-        found: dict[str, Layout] = {}
-        for projection in self.projections:
-            own = self.factors(projection)
-            form = Form(own.cores, own.basis_size)
-            found[projection] = make_layout(form, own.delta_rank, self.core_groups.get(projection))
-        return found
-
     def shared_parts(self, name: str) -> int | None:
         """How many parts a parameter has that experts share, its cores or one basis; None if each has its own."""
-        for projection in self.projections:
+        for projection, own in self.layout.items():
             if name == projection:
-                return self.factors(projection).cores
+                return own["cores"]
             if name == f"{projection}_basis":
                 return 1
         return None
 
     def factors(self, projection: str) -> Factors:
         """The factors of one projection, which share the parameters' storage and gradients."""
-        names = [name for name in self._parameters if name.startswith(projection)]
+        # Not from `_parameters`, which others empty: DataParallel in its replicas, PEFT in what it adapts.
+        names = factor_names(projection, self.layout[projection], self.parameterization)
         tensors = {name: getattr(self, name) for name in names}
         return factors_from_tensors(projection, tensors, self._group_index(projection, tensors[projection].device))
 
     def _group_index(self, projection: str, device: torch.device) -> Tensor | None:
         """The core of each expert [E], on the device of the cores; None with less than two."""
-        if projection not in self.core_groups:
+        groups = self.layout[projection].get("groups")
+        if groups is None:
             return None
         # No buffer: Transformers fills buffers that are in no checkpoint with whatever lies in memory.
         key = projection, device
         if key not in self._group_indices:
-            self._group_indices[key] = torch.tensor(self.core_groups[projection], device=device)
+            self._group_indices[key] = torch.tensor(groups, device=device)
         return self._group_indices[key]
 
     def bias(self, projection: str) -> Tensor | None:
@@ -154,7 +144,7 @@ class SharedCoreExperts(nn.Module):
         Raises:
             UserError: another parameterization, other shapes or other groups than the module was made for.
         """
-        if layout_of(factors).get("groups") != self.core_groups.get(projection):
+        if layout_of(factors).get("groups") != self.layout[projection].get("groups"):
             raise UserError(f"{projection}: the factors' experts are grouped in another way than the module's")
         tensors = factor_tensors(projection, factors)
         if bias is not None:
@@ -250,7 +240,7 @@ class SharedCoreExperts(nn.Module):
     def _gate(self, inner: Tensor) -> Tensor:
         """The original's gate, [S, G*I] to [S, I]."""
         activate: Any = self.act_fn if not self.has_gate else partial(self.original_class._apply_gate, self)
-        return activate(inner)
+        return activate(inner).to(inner.dtype)  # autocast on a GPU leaves powers in fp32
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""

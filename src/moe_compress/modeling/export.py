@@ -12,7 +12,7 @@ from moe_compress.errors import UserError
 from moe_compress.files import directory_in_progress
 from moe_compress.modeling.conversions import DENSE_CONVERSIONS
 from moe_compress.modeling.experts import SharedCoreExperts, copy_attributes, find_shared_cores
-from moe_compress.modeling.find import to_native
+from moe_compress.modeling.find import require_weights, to_native
 from moe_compress.modeling.load import load_model, resolve_model_path
 from moe_compress.modeling.side_files import copy_side_files
 
@@ -72,8 +72,13 @@ def materialize_in_memory(model: Any) -> Any:
 
     Layer by layer, so that one layer at a time is in memory twice. Returns the model, which `save_pretrained` then
     writes under the original architecture's own names.
+
+    Raises:
+        UserError: experts that are offloaded.
     """
-    for name, module in find_shared_cores(model).items():
+    cores = find_shared_cores(model)
+    require_weights(cores)
+    for name, module in cores.items():
         model.set_submodule(name, _materialized(module))
     conversions = model.__dict__.pop(DENSE_CONVERSIONS, None)
     if conversions is not None:
@@ -88,7 +93,7 @@ def _materialized(module: SharedCoreExperts) -> nn.Module:
     dense = module.original_class.__new__(module.original_class)
     nn.Module.__init__(dense)
     copy_attributes(module, dense)
-    for own in ("original_class", "parameterization", "core_groups", "_group_indices"):
+    for own in ("original_class", "parameterization", "layout", "_group_indices"):
         delattr(dense, own)
     for projection in module.projections:
         weight = to_native(module.materialize(projection), module.is_transposed).contiguous()

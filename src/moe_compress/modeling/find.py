@@ -5,6 +5,7 @@ Experts are known by the attributes that Transformers' `use_experts_implementati
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,6 +132,19 @@ def find_experts(model: nn.Module) -> list[ExpertsModule]:
         f"{label} ({type(model).__name__}) has no experts module of Transformers' experts interface: it is a dense "
         "model, or an MoE without that interface; give a Mixture-of-Experts model such as Mixtral, Qwen3-MoE or OLMoE"
     )
+
+
+def require_weights(modules: Mapping[str, nn.Module]) -> None:
+    """Check that modules, by their names, have weights to work on.
+
+    Raises:
+        UserError: those of one are offloaded, so that they are on a device only while the module runs.
+    """
+    for name, module in modules.items():
+        if any(parameter.is_meta for parameter in module.parameters()):
+            raise UserError(
+                f"{name}: its weights are not in memory, as where device_map offloads them; load the model whole"
+            )
 
 
 def expert_weights(module: Any) -> dict[str, Tensor]:

@@ -91,6 +91,13 @@ def working_dtype(factors: Factors) -> torch.dtype:
     return torch.promote_types(stored_dtype(factors), torch.float32)
 
 
+def factor_names(projection: str, layout: Layout, parameterization: Parameterization) -> list[str]:
+    """The names of what `factor_tensors` returns."""
+    sides = _WRAPPER if parameterization == "wrapper" else _DELTA
+    basis = ("basis",) if "basis" in layout else ()
+    return [projection, *(f"{projection}_{name}" for name in (*sides, *basis))]
+
+
 def factor_shapes(
     projection: str, shape: tuple[int, int, int], layout: Layout, parameterization: Parameterization
 ) -> dict[str, tuple[int, ...]]:
