@@ -148,6 +148,20 @@ def test_a_broken_tokenizer(checkpoint: Path) -> None:
         load_tokenizer(checkpoint)
 
 
+def test_packages_that_are_not_installed(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quantized models and some tokenizers need their own."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ImportError("Using `gptq` requires gptqmodel:\n`pip install gptqmodel`")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", fail)
+    fails(checkpoint, "cannot be loaded: .*requires gptqmodel: `pip install gptqmodel`")
+    (checkpoint / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fail)
+    with pytest.raises(UserError, match="no tokenizer that can be loaded: .*`pip install gptqmodel`"):
+        load_tokenizer(checkpoint)
+
+
 def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
     fails(tmp_path / "nothing", "no such directory")
     fails("./nothing", "no such directory")

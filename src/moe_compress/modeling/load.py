@@ -17,6 +17,8 @@ from moe_compress.modeling.find import find_experts
 __all__ = ["load_model", "load_tokenizer", "resolve_model_path"]
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "merges.txt", "tekken.json")
+# Imports fail where a quantized model or a tokenizer needs a package that is not installed.
+_LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError)
 
 
 def load_model(
@@ -56,7 +58,7 @@ def load_model(
         )
     except UserError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except _LOADING_ERRORS as error:
         raise UserError(f"{path} cannot be loaded: {_one_line(error)}") from error
     model, info = loaded
     missing = sorted(info["missing_keys"])
@@ -82,7 +84,7 @@ def load_tokenizer(
         raise UserError(f"{path} has no tokenizer files; copy those of the original model there")
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **kwargs)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (*_LOADING_ERRORS, TypeError) as error:
         raise UserError(f"{path} has no tokenizer that can be loaded: {_one_line(error)}") from error
 
 
@@ -91,7 +93,7 @@ def _check_moe(path: Path, trust_remote_code: bool) -> None:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except _LOADING_ERRORS as error:
         raise UserError(f"{path} cannot be loaded: {_one_line(error)}") from error
     model.config.name_or_path = str(path)
     find_experts(model)

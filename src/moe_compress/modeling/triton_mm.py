@@ -8,6 +8,8 @@ it when it is wanted.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -59,9 +61,11 @@ def row_mm(
     out = torch.empty(count, out_features, dtype=rows.dtype, device=rows.device)
     block_out = min(64, triton.next_power_of_2(out_features))
     grid = (count, triton.cdiv(out_features, block_out))
-    _row_kernel[grid](
-        rows, weight, out, experts, rows if scale is None else scale.contiguous(),
-        experts if padding is None else padding.contiguous(), in_features, out_features,
-        HAS_SCALE=scale is not None, HAS_PADDING=padding is not None, BLOCK_IN=64, BLOCK_OUT=block_out,
-    )  # fmt: skip
+    # Triton launches on the current GPU, which need not be this layer's (Inductor sees to that itself).
+    with nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(rows):
+        _row_kernel[grid](
+            rows, weight, out, experts, rows if scale is None else scale.contiguous(),
+            experts if padding is None else padding.contiguous(), in_features, out_features,
+            HAS_SCALE=scale is not None, HAS_PADDING=padding is not None, BLOCK_IN=64, BLOCK_OUT=block_out,
+        )  # fmt: skip
     return out
