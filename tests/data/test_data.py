@@ -111,3 +111,15 @@ def test_calibration_and_evaluation_want_full_rows(lines, tokenizer):
 def test_a_stream_is_not_held_without_a_limit(lines, tokenizer, read):
     with pytest.raises(UserError, match="is a stream: set max_samples"):
         read(DatasetConfig(name=lines, max_length=8, streaming=True), tokenizer, seed=0)
+
+
+def test_parts_of_a_file_have_nothing_in_common(lines):
+    parts = [
+        list(load_documents(DatasetConfig(name=lines, split=part), seed=0)) for part in ("train[:75%]", "train[75%:]")
+    ]
+    assert [len(part) for part in parts] == [15, 5] and len({*parts[0], *parts[1]}) == 20
+
+
+def test_a_stream_is_not_read_whole_in_place_of_a_part(lines):
+    with pytest.raises(UserError, match=r"split 'train\[:75%\]'.*Bad split"):
+        list(load_documents(DatasetConfig(name=lines, split="train[:75%]", streaming=True), seed=0))

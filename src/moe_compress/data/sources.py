@@ -19,7 +19,7 @@ def load_documents(dataset: DatasetConfig, seed: int) -> Iterator[Any]:
 
     Args:
         dataset: `name` is `stdlib`, a local file or directory, or a hub id; with `messages_column` the documents are
-            conversations.
+            conversations. A file is one split, whatever its name; `split=train[:90%]` reads a part of it.
         seed: seed of the shuffle; streams are shuffled in a buffer of `dataset.shuffle_buffer` documents.
 
     Raises:
@@ -94,7 +94,7 @@ def _open(dataset: DatasetConfig) -> Any:
             options = {"sample_by": "document"} if path.suffix == ".txt" else {}
             return datasets.load_dataset(
                 _BUILDERS[path.suffix],
-                data_files={dataset.split: str(path)},
+                data_files={dataset.split.partition("[")[0]: str(path)},
                 split=dataset.split,
                 streaming=dataset.streaming,
                 **options,
