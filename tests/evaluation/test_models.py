@@ -59,3 +59,12 @@ def test_a_model_that_cannot_be_measured_does_not_stop_the_rest(config, student_
     assert "no config.json" in second["error"] and len(read_results(tmp_path / "out")) == 3
     with pytest.raises(UserError, match="nowhere: no such directory"):
         evaluate_models(["./nowhere"], config, tmp_path / "out")
+
+
+def test_what_a_task_lacks_is_measured_again(config, student_dir, tmp_path, monkeypatch):
+    tasks = [{"wikitext": {"error": "no network"}}, {"wikitext": {"bits_per_byte": 1.0}}]
+    monkeypatch.setattr(measure, "run_tasks", lambda *_: tasks.pop(0))
+    for left in (1, 0, 0):
+        (record,) = evaluate_models([str(student_dir)], config, tmp_path, say=lambda _: None)
+        assert len(tasks) == left
+    assert record["tasks"] == {"wikitext": {"bits_per_byte": 1.0}}

@@ -181,6 +181,7 @@ def test_only_what_is_labelled_counts(text_of, monkeypatch):
     assert (score.loss, score.tokens) == (pytest.approx(nll[labels].mean().item(), abs=1e-5), int(labels.sum()))
     by_hand = [float(row[kept].mean()) for row, kept in zip(nll, labels, strict=True)]
     assert score.sequence_losses == pytest.approx(by_hand, abs=1e-5)
+    assert score.sequence_tokens == labels.sum(1).tolist()
     kl = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
     assert score.kl == pytest.approx(kl[labels].mean().item(), rel=1e-4)
     agreed = (ours.argmax(-1) == theirs.argmax(-1)).double()

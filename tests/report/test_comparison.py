@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
+from moe_compress.config import Config
 from moe_compress.errors import UserError
 from moe_compress.evaluation.results import append_result, settings_fingerprint
 from moe_compress.report import models
@@ -93,3 +95,27 @@ def test_models_in_one_table(make_run, tmp_path, monkeypatch, capsys):
     assert [row[0] for row in found["tables"]["Held-out text and tasks"]["rows"]] == ["original", "small"]
     assert "25 ± 11 %" in (tmp_path / "out" / "evaluation.md").read_text()
     assert "4.48" in capsys.readouterr().out
+
+
+def test_a_lost_task_of_a_model_is_said(make_run, tmp_path, monkeypatch):
+    records = [record(make_run().config, "small", 0, 1.5)]
+    monkeypatch.setattr(models, "evaluate_models", lambda *args, **kwargs: records)
+    with pytest.raises(UserError, match="task wikitext of small could not be measured: ConnectionError: no network"):
+        compare_models(["small"], Config(), tmp_path / "out")
+
+
+def test_a_loss_that_is_not_finite_is_said(make_run):
+    first, second = make_run(), make_run(name="other")
+    append_result(second.evals_dir, record(second.config, "student", 50, math.nan))
+    (line,) = sections(first, second)["findings"].text
+    assert line == "other and run do not compare: the loss of other is not finite."
+
+
+def test_a_table_of_different_text_says_so(make_run):
+    first, second = make_run(), make_run(name="other")
+    second.config.evaluation.perplexity.max_samples = 3
+    second.config.seed = 1
+    append_result(second.evals_dir, record(second.config, "student", 50, 1.0, tokens=1533, sequences=3))
+    write(second.path / "config.yaml", second.config)
+    (table,) = sections(first, second)["quality"].tables
+    assert table.note == "Not all on the same text (1,533 to 3,066 held-out tokens); ± is the standard error."

@@ -6,6 +6,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from rich.console import Console
 
 from moe_compress.evaluation.results import append_result
 from moe_compress.report import write_report
@@ -137,6 +138,18 @@ def test_the_summary_is_printed(make_run, capsys):
         assert text in printed.replace("\n", " ") or text in printed
 
 
+def test_brackets_are_printed_as_they_are(make_run, capsys):
+    run = make_run()
+    error = "no such file: [/mnt/x] [bold]"
+    append_result(run.evals_dir, record(run.config, "student", 99, 0.0) | {"error": error})
+    write_report(run)
+    assert error in capsys.readouterr().out.replace("\n", " ")
+    table = Table("[T]", ["", "[/a]"], [["models/[v2]", "[red]1"]], note="[note]")
+    Console(width=80).print(table.to_rich())
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in ("[T]", "[/a]", "models/[v2]", "[red]1", "[note]"))
+
+
 def test_missing_parts_are_left_out(make_run):
     run = make_run(core=None, svd=None, with_speed=False)
     write_report(run)
@@ -188,6 +201,16 @@ def test_a_difference_within_the_noise_is_a_draw(make_run):
     assert compare(core, paired).stderr == pytest.approx(2.582e-5, rel=1e-3)
 
 
+def test_sequences_weigh_as_much_as_they_have_tokens(make_run):
+    config = make_run().config
+    counts = {"sequence_tokens": [1, 99] * 2}
+    core = record(config, "student", 50, 1.5, sequence_losses=[1.5] * 4, **counts)
+    svd = record(config, "svd", 50, 1.5149, sequence_losses=[2.5, 1.5, 1.5, 1.52], **counts)
+    gaps, weights, mean = [1.0, 0.0, 0.0, 0.02], [0.02, 1.98] * 2, 0.0149
+    by_hand = sum((weight * (gap - mean)) ** 2 for weight, gap in zip(weights, gaps, strict=True)) / 3 / 4
+    assert compare(core, svd).stderr == pytest.approx(by_hand**0.5)
+
+
 def test_without_sequences_the_errors_add_up(make_run):
     config = make_run().config
     core, svd = (
@@ -225,6 +248,14 @@ def test_measurements_with_other_settings_are_not_mixed_in(make_run):
     run = make_run()
     append_result(run.evals_dir, record(run.config, "student", 70, 0.1) | {"settings": "other"})
     assert collect(run).distilled()["step"] == 50
+
+
+def test_what_was_measured_of_other_weights_is_left_out(make_run):
+    run = make_run()
+    (run.checkpoint(50)).mkdir(parents=True, exist_ok=True)
+    (run.checkpoint(50) / "config.json").write_text("{}")
+    append_result(run.evals_dir, record(run.config, "student", 50, 0.1) | {"weights": "before it was trained again"})
+    assert collect(run).distilled()["step"] == 20
 
 
 def test_provenance_lists_stages_and_versions(make_run):

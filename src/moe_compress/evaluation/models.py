@@ -11,7 +11,7 @@ from moe_compress.evaluation.evaluator import Target, failure, free_memory
 from moe_compress.evaluation.harness import check_tasks
 from moe_compress.evaluation.machine import choose_device
 from moe_compress.evaluation.measure import evaluate_model
-from moe_compress.evaluation.results import Record, append_result, read_results, settings_fingerprint
+from moe_compress.evaluation.results import Record, append_result, lost_tasks, read_results, settings_fingerprint
 from moe_compress.evaluation.teacher_pass import teacher_text
 from moe_compress.files import fingerprint
 from moe_compress.modeling import resolve_model_path
@@ -30,8 +30,8 @@ def evaluate_models(
     Args:
         models: `reference`, directories or hub ids: original, compressed or dense.
         config: the settings; `evaluation`, `seed`, `model.dtype` and `model.trust_remote_code` are read.
-        directory: where results and the teacher's text are kept: what was measured with the same settings, and has not
-            changed since, is not measured again.
+        directory: where results and the teacher's text are kept: what was measured with the same settings, all tasks
+            included, and has not changed since, is not measured again.
         teacher: the model to compare with; without one each model reads the text by its own tokenizer.
         say: where to tell what is going on.
 
@@ -47,7 +47,8 @@ def evaluate_models(
     targets = [Target(name, 0, resolve_model_path(name)) for name in names]
     settings = settings_fingerprint(config)
     theirs = teacher_text(targets[0].path, config, directory) if teacher else None
-    known = {record.get("made_from"): record for record in read_results(directory) if "error" not in record}
+    whole = [record for record in read_results(directory) if "error" not in record and not lost_tasks(record)]
+    known = {record.get("made_from"): record for record in whole}
     records = []
     for target in targets:
         text = theirs.path.name if theirs else None

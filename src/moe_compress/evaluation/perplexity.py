@@ -115,6 +115,7 @@ def score_text(
         tokens=int(counts.sum()),
         sequences=rows.shape[0],
         sequence_losses=losses,
+        sequence_tokens=counts.tolist() if len(counts.unique()) > 1 else [],
     )
     if teacher is not None:
         score.kl, score.kl_stderr = _mean_and_stderr(divergences, counts)

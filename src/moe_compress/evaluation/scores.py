@@ -16,6 +16,7 @@ class TextScore:
         perplexity, perplexity_stderr: exp(loss), and its error by the delta method.
         tokens, sequences: how much text.
         sequence_losses: mean loss of each sequence, for paired comparison of models on the same text.
+        sequence_tokens: how many tokens of each count, where not the same of all; else empty.
         kl, kl_stderr: mean KL(teacher || student) per token, in nats; the error includes that of the estimate.
         top1_agreement, top1_stderr: share of tokens where both find the same next token most likely.
         load_entropy: mean over the MoE layers of their `entropy`.
@@ -31,6 +32,7 @@ class TextScore:
     tokens: int
     sequences: int
     sequence_losses: list[float]
+    sequence_tokens: list[int] = field(default_factory=list)
     kl: float | None = None
     kl_stderr: float | None = None
     top1_agreement: float | None = None

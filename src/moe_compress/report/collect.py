@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe_compress.evaluation.results import Record, best_name, latest_results, read_results, settings_fingerprint
+from moe_compress.evaluation.results import Record, best_name, is_of, latest_results, read_results, settings_fingerprint
 from moe_compress.run import Run
 
 BASELINE = "baseline_svd"
@@ -27,7 +27,8 @@ class RunData:
         manifest: which stages ran, when, with which versions.
         compression, baseline_compression: `compression.json` of the run and of its SVD baseline.
         training, baseline_training: log lines of the distillation.
-        results: all measurements with the present settings, by (model, step), errors included.
+        results: all measurements with the present settings of what there is now (not of a checkpoint that was trained
+            again since), by (model, step), errors included.
         best: name of the checkpoint that `RUN/best` points to.
         speed, samples: what `evaluate` measured and generated.
     """
@@ -70,6 +71,7 @@ class RunData:
 def collect(run: Run) -> RunData:
     """Read a run directory."""
     baseline = run.path / BASELINE
+    latest = latest_results(read_results(run.evals_dir), settings_fingerprint(run.config))
     return RunData(
         name=run.config.experiment_name,
         path=run.path,
@@ -79,7 +81,7 @@ def collect(run: Run) -> RunData:
         baseline_compression=_json(baseline / "compression.json"),
         training=list(_lines(run.logs_dir / "train.jsonl")),
         baseline_training=list(_lines(baseline / "logs" / "train.jsonl")),
-        results=latest_results(read_results(run.evals_dir), settings_fingerprint(run.config)),
+        results={key: record for key, record in latest.items() if is_of(record, run.path / record["path"])},
         best=best_name(run.path),
         speed=_json(run.evals_dir / "speed.json"),
         samples=(_json(run.evals_dir / "samples.json") or {}).get("samples", []),

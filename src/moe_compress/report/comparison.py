@@ -51,8 +51,8 @@ def compare_runs(paths: Sequence[Path], output: Path) -> None:
         for table in section.tables:
             console.print(table.to_rich(console.width))
     for line in sections[0].text:
-        console.print(f"* {line}", highlight=False)
-    console.print(f"report: {output / 'report.html'}", highlight=False, soft_wrap=True)
+        console.print(f"* {line}", highlight=False, markup=False)
+    console.print(f"report: {output / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
 
 
 def labels(paths: Sequence[Path]) -> list[str]:
@@ -83,9 +83,13 @@ def findings(named: Sequence[Named]) -> Section:
         return section
     base_name, base_data, base = last[0]
     for name, data, record in last[1:]:
-        result = paired_difference(record, base) if _text(data) == _text(base_data) else None
-        if result is None:
+        if _text(data) != _text(base_data):
             section.text.append(f"{name} and {base_name} were measured on different text: their losses do not compare.")
+            continue
+        result = paired_difference(record, base)
+        if result is None:
+            broken = name if record.get("loss") is None else base_name
+            section.text.append(f"{name} and {base_name} do not compare: the loss of {broken} is not finite.")
             continue
         difference, stderr = result
         error = "" if stderr is None else f" ± {number(stderr, 4)}"
@@ -157,8 +161,8 @@ def _quality(named: Sequence[Named]) -> Section:
     series = {name: points(data.measured("student"), "perplexity") for name, data in named}
     series = {name: line for name, line in series.items() if len(line[0]) > 1}
     if series:
-        teacher = next((data.teacher() for _, data in named if data.teacher()), None)
-        levels = {"original": teacher["perplexity"]} if teacher and teacher.get("perplexity") else {}
+        originals = [(label, record["perplexity"]) for label, record in rows if record["model"] == "teacher"]
+        levels = {label: perplexity for label, perplexity in originals if perplexity}
         svg = line_plot("perplexity", series, x="step", y="perplexity", levels=levels, markers=True, whole_numbers=True)
         section.figures.append(Figure(svg, "Perplexity on held-out text over the steps of the distillation."))
     return section

@@ -55,8 +55,12 @@ def quality_table(rows: list[tuple[str, Record]]) -> Table:
                 count(record.get("active_parameters")),
             ]
         )
-    first = rows[0][1]
-    note = f"{first['tokens']:,} held-out tokens in {first['sequences']} sequences; ± is the standard error."
+    texts = sorted({(record["tokens"], record["sequences"]) for _, record in rows})
+    note = f"{texts[0][0]:,} held-out tokens in {texts[0][1]} sequences; ± is the standard error."
+    if len(texts) > 1:
+        note = (
+            f"Not all on the same text ({texts[0][0]:,} to {texts[-1][0]:,} held-out tokens); ± is the standard error."
+        )
     emphasis = [index for index, (name, _) in enumerate(rows) if name == "moe-compress, distilled"]
     return Table("Held-out text and tasks", columns, cells, note, emphasis)
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from moe_compress.config import Config
 from moe_compress.errors import UserError
 from moe_compress.evaluation import evaluate_models
-from moe_compress.evaluation.results import jsonable
+from moe_compress.evaluation.results import jsonable, lost_tasks
 from moe_compress.files import write_atomically, write_json
 from moe_compress.report.measures import behaviour_table, quality_table, task_table
 
@@ -25,7 +25,7 @@ def compare_models(models: Sequence[str], config: Config, output: Path, *, teach
         teacher: the model to compare the others with.
 
     Raises:
-        UserError: a model that does not exist, or that could not be measured (after the rest was).
+        UserError: a model that does not exist, or a model or task that could not be measured (after the rest was).
     """
     console = Console()
     records = evaluate_models(models, config, output, teacher=teacher)
@@ -41,7 +41,9 @@ def compare_models(models: Sequence[str], config: Config, output: Path, *, teach
     write_atomically(output / "evaluation.md", "\n".join(table.to_markdown() for table in tables))
     for table in tables[:2]:
         console.print(table.to_rich(console.width))
-    console.print(f"results: {output / 'evaluation.json'}", highlight=False, soft_wrap=True)
-    failed = [record for record in records if "error" in record]
-    if failed:
-        raise UserError(f"{failed[0]['model']} could not be measured: {failed[0]['error']}")
+    console.print(f"results: {output / 'evaluation.json'}", highlight=False, markup=False, soft_wrap=True)
+    failed = {record["model"]: record["error"] for record in records if "error" in record}
+    for record in records:
+        failed |= {f"task {task} of {record['model']}": error for task, error in lost_tasks(record).items()}
+    for name, error in failed.items():
+        raise UserError(f"{name} could not be measured: {error}")

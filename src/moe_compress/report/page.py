@@ -136,8 +136,8 @@ def print_summary(run: Run, sections: list[Section], console: Console) -> None:
     for section in sections:
         if section.name == "findings":
             for line in section.text:
-                console.print(f"* {line}", highlight=False)
-    console.print(f"report: {run.path / 'report.html'}", highlight=False, soft_wrap=True)
+                console.print(f"* {line}", highlight=False, markup=False)
+    console.print(f"report: {run.path / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
 
 
 def sample_groups(data: RunData) -> list[dict[str, Any]]:

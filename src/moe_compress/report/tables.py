@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table as RichTable
 
 MISSING = "–"  # noqa: RUF001  (an en dash for 'no value')
@@ -38,17 +39,17 @@ class Table:
             columns, *rows = map(list, zip(columns, *rows, strict=True))
             emphasis = []
         table = RichTable(
-            title=self.title,
-            caption=self.note or None,
+            title=escape(self.title),
+            caption=escape(self.note) or None,
             title_justify="left",
             caption_justify="left",
             box=SIMPLE_HEAD,
             pad_edge=False,
         )
         for number, column in enumerate(columns):
-            table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+            table.add_column(escape(column), justify="left" if number == 0 else "right", overflow="fold")
         for number, row in enumerate(rows):
-            table.add_row(*row, style="bold" if number in emphasis else None)
+            table.add_row(*map(escape, row), style="bold" if number in emphasis else None)
         return table
 
     def to_markdown(self) -> str:

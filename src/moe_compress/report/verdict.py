@@ -55,9 +55,10 @@ def paired_difference(one: Record, other: Record) -> tuple[float, float | None] 
     difference = one["loss"] - other["loss"]
     ours, theirs = one.get("sequence_losses") or [], other.get("sequence_losses") or []
     if len(ours) == len(theirs) > 1 and None not in ours + theirs:
-        gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
-        mean = sum(gaps) / len(gaps)
-        return difference, math.sqrt(sum((gap - mean) ** 2 for gap in gaps) / (len(gaps) - 1) / len(gaps))
+        many, counts = len(ours), one.get("sequence_tokens") or [1] * len(ours)
+        gaps = [(a - b, count * many / sum(counts)) for a, b, count in zip(ours, theirs, counts, strict=True)]
+        mean = sum(weight * gap for gap, weight in gaps) / many
+        return difference, math.sqrt(sum((weight * (gap - mean)) ** 2 for gap, weight in gaps) / (many - 1) / many)
     if one.get("stderr") is not None and other.get("stderr") is not None:
         return difference, math.hypot(one["stderr"], other["stderr"])
     return difference, None
