@@ -179,6 +179,16 @@ def test_the_newest_first(make_run, measured, student_dir, monkeypatch):
     assert measured == [4, 6, 2, 0]
 
 
+def test_what_a_file_system_leaves_behind_is_not_waited_for(make_run, measured):
+    run = make_run(0, 2)
+    own = run.checkpoint(0).resolve()
+    run.checkpoint(0).unlink()
+    shutil.copytree(own, run.checkpoint(0))
+    (run.checkpoint(0) / ".README.md.7.tmp").touch()
+    work(run, once=True)
+    assert measured == [0, 2]
+
+
 def test_a_checkpoint_still_being_copied_can_wait(make_run, measured, student_dir):
     run = make_run(0)
     shutil.copytree(student_dir, run.checkpoint(2))

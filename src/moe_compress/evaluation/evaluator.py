@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from moe_compress.run import Run
 
 BASELINE = "baseline_svd"
-_FOR_READERS = ("README", "LICENSE", "NOTICE")  # files of a checkpoint that nothing but people need
+# Files of a checkpoint that nothing but people and their file systems need.
+_FOR_READERS = ("README", "LICENSE", "NOTICE", ".")
 
 
 @dataclass(frozen=True)
