@@ -51,6 +51,15 @@ def test_the_table(run):
         assert words in text, words
 
 
+def test_brackets_of_an_error_are_shown(run):
+    error = "[enforce fail at alloc_cpu.cpp:128] no such file: [/mnt/x]"
+    common = {"model": "student", "step": 6, "path": "d", "settings": settings_fingerprint(run.config)}
+    append_result(run.evals_dir, {**common, "error": error})
+    console = Console(file=io.StringIO(), width=200)
+    console.print(table_of(run, states(run, student_targets(run)), "writing to [/mnt/y]"))
+    assert error in console.file.getvalue() and "writing to [/mnt/y]" in console.file.getvalue()
+
+
 def test_lines_as_it_changes_where_there_is_no_terminal(run, capsys):
     view = View(run, lambda: student_targets(run), Console(file=io.StringIO()))
     with view.shown():

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from moe_compress.evaluation.claims import owner_of
@@ -92,7 +93,9 @@ def table_of(run: Run, found: list[State], note: str = "") -> Table:
     names = list(dict.fromkeys([chosen, *(name for metrics in measured for name in metrics if name != "loss")]))
     names = [name for name in names if any(name in metrics for metrics in measured)][:_MOST_SCORES]
     best = best_name(run.path)
-    table = Table(title=f"{run.path}", title_justify="left", caption=note or None, caption_justify="left")
+    table = Table(
+        title=escape(f"{run.path}"), title_justify="left", caption=escape(note) or None, caption_justify="left"
+    )
     table.add_column("")
     table.add_column("state", overflow="fold")
     for name in names:
@@ -105,7 +108,7 @@ def table_of(run: Run, found: list[State], note: str = "") -> Table:
         metrics = metrics_of(state.record) if state.record is not None else {}
         cells = [f"{metrics[name]:.4g}" if name in metrics else "" for name in names]
         words = " ".join(filter(None, [state.state, state.detail, "(best)" if is_best else ""]))
-        table.add_row(name, words, *cells, style="bold" if is_best else _STYLES.get(state.state))
+        table.add_row(name, escape(words), *cells, style="bold" if is_best else _STYLES.get(state.state))
     if not shown:
         table.add_row("no checkpoint yet", "", *[""] * len(names), style="dim")
     return table

@@ -38,7 +38,7 @@ def evaluate_run(run: Run) -> None:
     view = View(run, lambda: targets, console)
     evaluator = Evaluator(run, view.say, retry_errors=True)
     if run.finished(STAGE) and not run.facts(STAGE).get("lost") and not evaluator.pending(targets):
-        console.print(f"evaluate: finished already, see {run.evals_dir}", highlight=False, soft_wrap=True)
+        console.print(f"evaluate: finished already, see {run.evals_dir}", highlight=False, markup=False, soft_wrap=True)
         return
     with run.stage(STAGE), view.shown():
         while pending := evaluator.pending(targets):
