@@ -51,11 +51,14 @@ def test_max_samples_limits_rows(lines, tokenizer):
     assert len(packed_dataset(DatasetConfig(name=lines, max_length=8, max_samples=3), tokenizer, seed=0)) == 3
 
 
-def test_a_text_file_is_one_document(tmp_path):
-    path = tmp_path / "play.txt"
-    path.write_text("first line\nsecond line\n")
-    (document,) = load_documents(DatasetConfig(name=str(path)), seed=0)
-    assert document.splitlines() == ["first line", "second line"]
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_text_file_is_one_document(tmp_path, streaming):
+    (tmp_path / "README.md").write_text("two files")
+    for name in ("play", "poem"):
+        (tmp_path / f"{name}.txt").write_text(f"{name}\nsecond line\n")
+    for place, names in ((tmp_path / "play.txt", ["play"]), (tmp_path, ["play", "poem"])):
+        documents = sorted(load_documents(DatasetConfig(name=str(place), streaming=streaming), seed=0))
+        assert [document.splitlines() for document in documents] == [[name, "second line"] for name in names]
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -86,12 +86,13 @@ def _open(dataset: DatasetConfig) -> Any:
     import datasets
 
     path = Path(dataset.name)
+    kinds = {file.suffix for file in (path, *path.rglob("*")) if file.is_file()} - {"", ".md"}
+    # A plain text file is one document, not one per line: sequences are packed from whole documents.
+    options: dict[str, Any] = {"sample_by": "document"} if kinds == {".txt"} else {}
     try:
         if path.is_file():
             if path.suffix not in _BUILDERS:
                 raise UserError(f"dataset file {path} has an unknown type; use one of: {', '.join(_BUILDERS)}")
-            # A plain text file is one document, not one per line: sequences are packed from whole documents.
-            options = {"sample_by": "document"} if path.suffix == ".txt" else {}
             return datasets.load_dataset(
                 _BUILDERS[path.suffix],
                 data_files={dataset.split.partition("[")[0]: str(path)},
@@ -100,7 +101,7 @@ def _open(dataset: DatasetConfig) -> Any:
                 **options,
             )
         return datasets.load_dataset(
-            dataset.name, dataset.config_name, split=dataset.split, streaming=dataset.streaming
+            dataset.name, dataset.config_name, split=dataset.split, streaming=dataset.streaming, **options
         )
     except UserError:
         raise
