@@ -276,6 +276,12 @@ def test_figures_draw_what_they_are_given():
     assert ">2.5x</text>" in bars and 'id="two-' in bars and 'id="one-' not in bars
 
 
+def test_figures_name_runs_as_they_are_named():
+    names = ["_old", "$x$ and $\\new$"]
+    plot = line_plot("one", dict.fromkeys(names, ([0, 1], [1, 2])), x="step", y="loss")
+    assert all(f">{text}</text>" in plot.replace("> _", ">_") for text in names)
+
+
 @pytest.mark.parametrize(
     ("made", "expected"),
     [

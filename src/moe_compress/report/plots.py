@@ -74,9 +74,9 @@ def line_plot(
     def draw(axes: Axes) -> None:
         for number, (label, (xs, ys)) in enumerate(series.items()):
             colour = COLOURS[number % len(COLOURS)]
-            axes.plot(xs, ys, label=label, color=colour, marker="o" if markers else None, markersize=4)
+            axes.plot(xs, ys, label=_literal(label), color=colour, marker="o" if markers else None, markersize=4)
         for number, (label, level) in enumerate((levels or {}).items()):
-            axes.axhline(level, label=label, color=COLOURS[-1 - number % 2], linestyle="--", linewidth=1.2)
+            axes.axhline(level, label=_literal(label), color=COLOURS[-1 - number % 2], linestyle="--", linewidth=1.2)
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         if log:
@@ -117,6 +117,12 @@ def bar_plot(
         _legend(axes)
 
     return _svg(name, draw)
+
+
+def _literal(label: str) -> str:
+    """A label as it is: Matplotlib takes dollars for mathematics, and one that begins with `_` for none."""
+    label = label.replace("$", r"\$")
+    return f" {label}" if label.startswith("_") else label
 
 
 def _legend(axes: Axes) -> None:
