@@ -26,6 +26,8 @@ REASONING = (
     "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' and loop.last %}<think>\n{% endif %}"
     "{{ m.content }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+# What asks for an answer opens that block, as in Qwen3-Thinking.
+OPENED = REASONING.replace("%}<|assistant|>{%", "%}<|assistant|><think>\n{%")
 # Earlier answers also lose the reasoning that is written in them.
 THINKING = (
     "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}"
@@ -77,6 +79,11 @@ def test_a_template_that_marks_answers_is_believed():
 
 def test_a_template_that_shortens_earlier_answers():
     assert learned(REASONING)[0] == ["uno<|end|>\n", "<think>\ndue<|end|>\n"]
+
+
+def test_a_template_whose_prompt_opens_the_reasoning():
+    stretches, text = learned(OPENED)
+    assert stretches == ["uno<|end|>\n", "due<|end|>\n"] and text == learned(REASONING)[1]
 
 
 def test_a_template_that_takes_the_reasoning_out_of_earlier_answers():

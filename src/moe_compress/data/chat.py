@@ -96,9 +96,9 @@ def assistant_spans(messages: Sequence[Message], text: str, render: Callable[...
         if message["role"] != "assistant":
             continue
         changed = [*messages[:number], {**message, "content": _OTHER_CONTENT}, *messages[number + 1 :]]
-        if number:
-            before = render(messages[:number], add_generation_prompt=True)
-        else:
+        before = render(messages[:number], add_generation_prompt=True) if number else ""
+        # What asks for an answer may open a block of reasoning that this turn, an earlier one, has not.
+        if not number or (not text.startswith(before) and text.startswith(render(messages[:number]))):
             before = text[: _same(text, render(changed))]
         alone = render(messages[: number + 1])
         end = len(alone)
