@@ -109,10 +109,17 @@ class Bench:
         file = self.cache / "targets" / f"{key}.safetensors"
         return rows, cached_targets(self.teacher, rows, training.top_k, file)
 
+    @cached_property
+    def _common(self) -> dict[str, Any]:
+        """What all cells have in common, but for the training."""
+        protocol = asdict(self.protocol)
+        protocol.pop("training")
+        text = self.source.given_text
+        return protocol if text is None else {**protocol, "text": text}
+
     def key(self, method: Method, ratio: float, seed: int, learning_rate: float | None) -> dict[str, Any]:
         """Everything that decides a cell."""
-        protocol = asdict(self.protocol)
-        training = protocol.pop("training")
+        training = asdict(self.protocol.training)
         training.pop("learning_rates")
         return {
             "format": FORMAT,
@@ -121,7 +128,7 @@ class Bench:
             "settings": method.settings,
             "ratio": ratio,
             "seed": seed,
-            "protocol": protocol,
+            "protocol": self._common,
             "training": None if learning_rate is None else {**training, "learning_rate": learning_rate},
         }
 
@@ -224,9 +231,7 @@ class Bench:
 
     def cells(self) -> list[dict[str, Any]]:
         """All cells of this protocol (whatever the training), those of other weights of the model too."""
-        protocol = asdict(self.protocol)
-        protocol.pop("training")
         files = sorted((self.cache / "cells" / self.source.name).glob("*.json"))
         measured = [json.loads(file.read_text()) for file in files]
         found = self._record | {cell_fingerprint(cell): cell for cell in measured}
-        return [cell for cell in found.values() if cell["format"] == FORMAT and cell["protocol"] == protocol]
+        return [cell for cell in found.values() if cell["format"] == FORMAT and cell["protocol"] == self._common]

@@ -71,6 +71,13 @@ class TestModel:
         return DatasetConfig(name=str(self.corpus / f"{split}.jsonl"), split=split)
 
     @cached_property
+    def given_text(self) -> str | None:
+        """A hash of the text, where it is neither the standard library nor a part of the model."""
+        if self.corpus is None or self.corpus.parent == self.path:
+            return None
+        return fingerprint([sha256_of_file(self.corpus / f"{split}.jsonl") for split in SPLITS])
+
+    @cached_property
     def fingerprint(self) -> str:
         """Of config and weights."""
         files = sorted([*self.path.glob("*.safetensors"), self.path / "config.json"])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,6 +92,19 @@ def test_the_learning_rate_is_searched_outwards_from_the_middle_of_the_grid():
     assert search({1: 1.0, 2: 3.0, 3: 4.0, 4: 0.0}) == [(2, 3), (1,)]
     assert search({1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0, 5: 5.0, 6: 6.0}) == [(3, 4), (2,), (1,)]
     assert search({1: 2.0, 2: 1.0}) == [(1, 2)] and search({1: 2.0}) == [(1,)]
+
+
+def test_cells_of_another_text_are_other_cells(source: TestModel, tmp_path: Path) -> None:
+    def bench(corpus: Path | None) -> Bench:
+        return Bench(replace(source, corpus=corpus), Protocol(), tmp_path)
+
+    other = tmp_path / "other"
+    shutil.copytree(source.corpus, other)
+    method = SimpleNamespace(name="svd", settings={})
+    keys = [bench(corpus).key(method, 0.5, 1, None) for corpus in (None, source.corpus, other)]
+    assert keys[0] == keys[1] != keys[2]
+    (other / "test.jsonl").write_text('{"text": "something else"}\n')
+    assert bench(other).key(method, 0.5, 1, None) not in keys
 
 
 def test_what_is_recorded_is_not_measured_again_and_becomes_the_documents(source, tmp_path, capsys):

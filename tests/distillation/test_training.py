@@ -79,9 +79,12 @@ def test_checkpoints_are_the_zero_shot_model_with_other_weights(
     make_run: MakeRun, filled_cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run(cache=filled_cache, report_to=[])
+    zero, last = run.checkpoint(0), run.checkpoint(4)
+    (zero / "additional_chat_templates").mkdir()
+    (zero / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
     distill(run)
     assert steps_of(run) == [0, 2, 4]
-    zero, last = run.checkpoint(0), run.checkpoint(4)
+    assert (last / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ messages }}"
     assert (last / "model.safetensors").stat().st_size == (zero / "model.safetensors").stat().st_size
     assert (last / "config.json").read_bytes() == (zero / "config.json").read_bytes()
     before, after = load_file(zero / "model.safetensors"), load_file(last / "model.safetensors")

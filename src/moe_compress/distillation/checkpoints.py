@@ -25,6 +25,7 @@ from moe_compress.evaluation.claims import is_alive
 from moe_compress.evaluation.results import is_of, read_results
 from moe_compress.files import directory_in_progress
 from moe_compress.modeling import load_model
+from moe_compress.modeling.side_files import copy_side_files
 
 if TYPE_CHECKING:
     from moe_compress.run import Run
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 TRAINING_STATE = "training_state"
 SPIKE_STATE = "spikes.json"  # see `spikes`
 _MASTER = "master_weights.safetensors"
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")
 
 # In this folder of the run's evaluations is a file of each process that watches (`evaluation.claims.presence`); as long
 # as one of them lives, checkpoints that results.jsonl does not have yet are kept.
@@ -73,9 +73,8 @@ def save_student(
         if shown:
             hf_logging.enable_progress_bar()
     # The config that save_pretrained writes tells of the training (its type, its use_cache), not of the checkpoint.
-    for file in origin.iterdir():
-        if file.is_file() and not file.name.endswith(_WEIGHT_SUFFIXES):
-            shutil.copyfile(file, directory / file.name)
+    shutil.copyfile(origin / "config.json", directory / "config.json")
+    copy_side_files(origin, directory)
 
 
 def save_master_weights(state: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], directory: Path) -> None:
