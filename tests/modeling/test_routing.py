@@ -100,6 +100,8 @@ def test_rows_are_rounded_where_onednn_compiles_for_their_number(monkeypatch: py
     monkeypatch.setattr(onednn, "_FASTER", False)
     with torch.no_grad():
         assert rounding(64, side) == 8 and rounding(64, side.float(), large) == 1
+        monkeypatch.setattr(onednn, "_SUPPORTED", {torch.bfloat16: False})  # then it is a product of fp32
+        assert rounding(64, side) == 1
 
 
 def test_rows_of_16_bits_are_batched_on_a_cpu_that_multiplies_them(monkeypatch: pytest.MonkeyPatch) -> None:
