@@ -9,6 +9,7 @@ from typing import Any
 
 from moe_compress import config as schema
 from moe_compress.config import Config
+from moe_compress.distillation.stages import either
 from moe_compress.errors import UserError
 from moe_compress.schema import fields_of, show
 
@@ -182,9 +183,12 @@ def _check_sampled(distillation: schema.DistillationConfig) -> None:
         return
     loss = distillation.loss
     for stage in distillation.stages or [schema.StageConfig()]:
-        alpha = loss.alpha if stage.alpha is None else stage.alpha
-        temperature = loss.temperature if stage.temperature is None else stage.temperature
-        if stage.kind == "train" and alpha > 0 and temperature not in (1, generation.sample_temperature):
+        temperature = either(stage.temperature, loss.temperature)
+        if (
+            stage.kind == "train"
+            and either(stage.alpha, loss.alpha) > 0
+            and temperature not in (1, generation.sample_temperature)
+        ):
             raise UserError(
                 f"distillation.loss.temperature (or a stage's) is {temperature:g}, but a cache of "
                 "distillation.teacher.generation.encoder=sample serves 1 and sample_temperature="

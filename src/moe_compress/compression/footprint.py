@@ -12,7 +12,7 @@ from moe_compress.compression.calibrate import GRAM_BYTES_AT_ONCE
 from moe_compress.compression.layerwise import DoesNotFit, compute_dtype, layer_list, picks_positions
 from moe_compress.compression.ranks import more_cores
 from moe_compress.compression.source import SourceModel
-from moe_compress.compression.trials import TOKENS
+from moe_compress.compression.trials import rows_on_trial
 from moe_compress.config import CalibrationConfig, Config
 from moe_compress.factorization.grams import CHUNK_BYTES
 from moe_compress.torchrun import world_size
@@ -93,7 +93,7 @@ def disk_needed(source: SourceModel, config: Config, layers: list[LayerPlan], re
     # The inputs of the first layer are the embeddings, which are not kept.
     files = len(parts.layers) - max(parts.first, 1) + 2 if settings.fisher else 2
     states = files * (samples or 0) * state
-    rows = max(1, TOKENS // length)
+    rows = rows_on_trial(length)
     ways = 2 * (len(factors) + 1) * min(samples or rows, rows) * state  # before and after a layer
     trials = sum(factors) + max(states, ways) if factors else 0
     return held + max(result + states, trials)

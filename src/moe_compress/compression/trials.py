@@ -125,7 +125,7 @@ class Trials:
         """
         estimates = {index: self.estimate(index) for index in self.indices}
         tried = [index for index in self.indices if estimates[index] > 0]
-        rows = torch.from_numpy(self.calibration.rows[: max(1, TOKENS // self.calibration.rows.shape[1])])
+        rows = torch.from_numpy(self.calibration.rows[: rows_on_trial(self.calibration.rows.shape[1])])
         try:
             if walk is not None:
                 walk.model.check_head()
@@ -150,6 +150,11 @@ class Trials:
 
     def _made_by(self, index: int) -> str:
         return fingerprint([self._key, asdict(self.budget), index])
+
+
+def rows_on_trial(length: int) -> int:
+    """How many rows of so many tokens trials are measured on."""
+    return max(1, TOKENS // length)
 
 
 def spread_between(ratios: Mapping[int, float], count: int) -> list[float]:

@@ -53,7 +53,7 @@ def compares_layers(loss: LossConfig) -> bool:
 def needs_teacher(config: DistillationConfig) -> bool:
     """Whether a stage compares the student with the whole teacher, live or cached; block-wise ones never do."""
     stages = config.stages or [StageConfig()]
-    alphas = [_either(stage.alpha, config.loss.alpha) for stage in stages if stage.kind == "train"]
+    alphas = [either(stage.alpha, config.loss.alpha) for stage in stages if stage.kind == "train"]
     return any(alpha > 0 or compares_layers(config.loss) for alpha in alphas)
 
 
@@ -91,11 +91,11 @@ def resolve_stages(config: DistillationConfig, *, sequences: int, sequences_per_
             first_step=first,
             steps=_steps(name, item, sequences_per_step * config.dataset.max_length),
             trainable=tuple(item.trainable),
-            learning_rate=_either(item.learning_rate, training.learning_rate),
-            lr_scheduler_type=_either(item.lr_scheduler_type, training.lr_scheduler_type),
-            warmup_steps=_either(item.warmup_steps, training.warmup_steps),
-            alpha=_either(item.alpha, config.loss.alpha),
-            temperature=_either(item.temperature, config.loss.temperature),
+            learning_rate=either(item.learning_rate, training.learning_rate),
+            lr_scheduler_type=either(item.lr_scheduler_type, training.lr_scheduler_type),
+            warmup_steps=either(item.warmup_steps, training.warmup_steps),
+            alpha=either(item.alpha, config.loss.alpha),
+            temperature=either(item.temperature, config.loss.temperature),
         )
         _check(stage)
         stages.append(stage)
@@ -113,7 +113,8 @@ def _steps(name: str, item: StageConfig, tokens_per_step: int) -> int:
     return math.ceil(item.tokens / tokens_per_step)
 
 
-def _either(own: T | None, common: T) -> T:
+def either(own: T | None, common: T) -> T:
+    """A stage's own value, or the common one where it sets none."""
     return common if own is None else own
 
 

@@ -125,10 +125,14 @@ def _no_weights(path: Path) -> str:
     pickled = [name for name in names if name.endswith(_PICKLE_SUFFIXES) and name != "training_args.bin"]
     if not pickled:
         return f"{path} has no {SINGLE_FILE} and no {INDEX_FILE}; there are no weights to load"
+    return f"{path} has only pickled weights ({pickled[0]}), which {not_read_here(path, f'{path}-safetensors')}"
+
+
+def not_read_here(name: str | Path, output: str) -> str:
+    """Why pickled weights are refused, and how to convert those of a directory or hub model `name`."""
     return (
-        f"{path} has only pickled weights ({pickled[0]}), which can run code when opened and are not read here; if you "
-        f"trust them, convert them: AutoModelForCausalLM.from_pretrained('{path}', dtype='auto', use_safetensors=False)"
-        f".save_pretrained('{path}-safetensors')"
+        "can run code when opened and are not read here; if you trust them, convert them: AutoModelForCausalLM."
+        f"from_pretrained('{name}', dtype='auto', use_safetensors=False).save_pretrained('{output}')"
     )
 
 

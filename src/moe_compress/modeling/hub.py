@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moe_compress.errors import UserError, first_line
-from moe_compress.modeling.checkpoint import INDEX_FILE, weight_files
+from moe_compress.modeling.checkpoint import INDEX_FILE, not_read_here, weight_files
 
 # The card of a compressed model tells the license, whose text comes along.
 _BESIDE_WEIGHTS = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "README.md", "LICENSE*", "NOTICE*"]
@@ -111,7 +111,5 @@ def _told_in_one_line(repository: str, revision: str | None) -> Iterator[None]:
 def _no_safetensors(repository: str) -> str:
     return (
         f"no safetensors weights of {repository} are on the hub (or in its cache, where HF_HUB_OFFLINE is set); "
-        "pickled ones can run code when opened and are not read here; if you trust them, convert them: "
-        f"AutoModelForCausalLM.from_pretrained('{repository}', dtype='auto', use_safetensors=False)"
-        ".save_pretrained('DIRECTORY')"
+        f"pickled ones {not_read_here(repository, 'DIRECTORY')}"
     )
