@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,7 +25,7 @@ from moe_compress.config import EvaluationConfig
 from moe_compress.data import packed_dataset
 from moe_compress.errors import UserError
 from moe_compress.evaluation.harness import run_tasks
-from moe_compress.files import fingerprint, write_json
+from moe_compress.files import fingerprint, user_cache, write_json
 from moe_compress.modeling import load_model, load_tokenizer
 
 KEY = ("format", "model", "method", "settings", "ratio", "seed", "protocol", "training")
@@ -35,8 +34,7 @@ FORMAT = 1  # raise it when cells of before are not comparable any more
 
 def default_cache() -> Path:
     """Where cells, teacher targets and test models are kept."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "moe-compress" / "quality"
+    return user_cache() / "quality"
 
 
 def cell_fingerprint(cell: dict[str, Any]) -> str:

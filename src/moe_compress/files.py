@@ -14,6 +14,12 @@ from typing import Any
 from moe_compress.errors import UserError
 
 
+def user_cache() -> Path:
+    """Where what can be made again is kept for this user."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "moe-compress"
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import moe_compress  # noqa: F401
 from moe_compress.factorization.factors import DeltaFactors, Factors, WrapperFactors
-from moe_compress.modeling import compress_in_memory, expert_weights, find_experts
+from moe_compress.modeling import compress_in_memory, cpu_kernel, expert_weights, find_experts
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 32, 16, 4, 2
 _COMMON = {
@@ -169,6 +169,12 @@ def all_saved(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str],
 def saved(all_saved: dict[tuple[str, str], Path], architecture: str, variant: str) -> Path:
     """The compressed checkpoint of this architecture and variant."""
     return all_saved[architecture, variant]
+
+
+@pytest.fixture
+def by_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ways of PyTorch's operations, also where the CPU kernel would be taken."""
+    monkeypatch.setattr(cpu_kernel, "takes", lambda *_: False)
 
 
 @pytest.fixture(scope="session")

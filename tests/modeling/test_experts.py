@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe_compress.errors import UserError
 from moe_compress.factorization.factors import DeltaFactors, WrapperFactors
-from moe_compress.modeling import expert_mm, experts, grouped_mm, onednn
+from moe_compress.modeling import cpu_kernel, expert_mm, experts, grouped_mm, onednn
 from moe_compress.modeling.experts import SharedCoreExperts
 from tests.modeling.one_layer import (
     EXPERTS,
@@ -39,6 +39,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 def force(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_kernel, "takes", lambda *_: False)
     monkeypatch.setattr(experts, "by_row", lambda *_: path == "by row")
     monkeypatch.setattr(experts, "rows_per_gemm", lambda *_: 2 if path == "batched" else 0)
     if path == "by row":

@@ -16,7 +16,10 @@ from moe_compress.modeling.routing import Routing
 from tests.modeling.test_cores import grouped
 from tests.modeling.test_experts import EXPERTS, KINDS, original, route, shared
 
-pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+pytestmark = [
+    pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN"),
+    pytest.mark.usefixtures("by_pytorch"),
+]
 
 
 @pytest.fixture

@@ -151,6 +151,7 @@ def test_batched_rows_and_rows_behind_them(
         assert difference <= tolerance * torch.linalg.vector_norm(wanted.double()), name
 
 
+@pytest.mark.usefixtures("by_pytorch")
 @pytest.mark.parametrize("kind", KINDS)
 def test_few_rows_are_not_rounded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row is multiplied by itself there: one that fills up would cost as much as any other."""
@@ -169,6 +170,7 @@ def test_few_rows_are_not_rounded(kind: str, monkeypatch: pytest.MonkeyPatch) ->
     assert seen == [4 * 2] * 4
 
 
+@pytest.mark.usefixtures("by_pytorch")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("make", [shared, grouped])
 def test_what_fills_up_may_hold_anything(kind: str, make: object, monkeypatch: pytest.MonkeyPatch) -> None:

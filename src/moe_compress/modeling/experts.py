@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from moe_compress.errors import UserError
 from moe_compress.factorization.factors import DeltaFactors, Factors, WrapperFactors
+from moe_compress.modeling import cpu_kernel
 from moe_compress.modeling.cores import collect_products, spread_products
 from moe_compress.modeling.expert_mm import by_row, expert_mm, out_side, row_rounding, rows_per_gemm
 from moe_compress.modeling.find import describe_experts, up_projection
@@ -195,6 +196,10 @@ class SharedCoreExperts(nn.Module):
         up, down = self.factors(up_name).fold(), self.factors(down_name).fold()
         dtype = _compute_dtype(hidden_states.device.type, up.delta_in.dtype)
         up, down = cast_factors(up, dtype), cast_factors(down, dtype)
+        tokens = hidden_states.to(dtype)
+        if self.bias(up_name) is None and cpu_kernel.takes(tokens, up, down):
+            gate = None if cpu_kernel.has_gate(self.original_class, self.act_fn) else self._gate
+            return cpu_kernel.forward(tokens, top_k_index, top_k_weights, up, down, gate).to(hidden_states.dtype)
         sides = (up.delta_in, up.delta_out, down.delta_in, down.delta_out)
         rows = top_k_index.numel()
         few = all(by_row(rows, side) for side in sides)
@@ -209,7 +214,7 @@ class SharedCoreExperts(nn.Module):
         )
 
         # A token without any expert may hold anything, even NaN; it must not reach the core, nor its gradient.
-        tokens = hidden_states.to(dtype).masked_fill(routing.padded.all(dim=1, keepdim=True), 0.0)
+        tokens = tokens.masked_fill(routing.padded.all(dim=1, keepdim=True), 0.0)
 
         def up_values(seen: Tensor) -> Tensor:
             return expert_mm(routing.spread(seen), up.delta_in.mT, routing)
