@@ -34,13 +34,12 @@ extern "C" struct Call {
 namespace {
 
 // Measured on OLMoE's layer, see docs/SPEED.md.
-constexpr int64_t kRows = 128;       // of an expert at a time
-constexpr int64_t kMultiple = 4;     // of which their number is: oneDNN compiles a kernel for every number
-constexpr int64_t kFewRows = 2;      // up to so many are multiplied here, without a copy of the matrix
+constexpr int64_t kRows = 128;         // of an expert at a time
+constexpr int64_t kFewRows = 2;        // up to so many are multiplied without a copy of the matrix
 constexpr int64_t kPanel = 1 << 16;    // values of a matrix with a long inner dimension at a time
-constexpr int64_t kShallowest = 64;   // and at least so many of its rows
-constexpr int64_t kColumns = 256;    // of a long outer dimension at a time
-constexpr int64_t kSums = 512 * 256; // values of the output that a thread adds up at a time
+constexpr int64_t kShallowest = 64;    // and at least so many of its rows
+constexpr int64_t kColumns = 256;      // of a matrix with a long outer dimension at a time
+constexpr int64_t kSums = 512 * 256;   // values of the output that a thread adds up at a time
 
 // SiLU(gate) * up, with e^-gate as 2^t by a polynomial (Remez, 2e-7), which compilers vectorize.
 inline float silu_times(float gate, float up) {

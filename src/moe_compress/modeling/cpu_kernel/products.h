@@ -30,9 +30,10 @@ namespace {
 using c10::BFloat16;
 using c10::Half;
 
-// S is the type that is stored, T the one that is multiplied: the same, or fp32 where the CPU cannot multiply S.
+constexpr int64_t kMultiple = 4;  // of which the rows of `multiply` are
 constexpr int64_t kFewDepth = 4;  // rows of a matrix that `multiply_few` adds at a time
 
+// S is the type that is stored, T the one that is multiplied: the same, or fp32 where the CPU cannot multiply S.
 template <class T> constexpr bool kShort = sizeof(T) == 2;
 
 int64_t round_up(int64_t number, int64_t multiple) { return (number + multiple - 1) / multiple * multiple; }
@@ -126,15 +127,24 @@ template <class T> void copy(const Part<T>& matrix, T* to) {
   }
 }
 
-// out [rows, width] (+)= left [rows, depth] right [depth, width]; `space` holds a copy of the right side.
+// out [rows, width] (+)= left [rows, depth] right [depth, width], for a multiple of kMultiple rows; `space` holds a copy
+// of the right side.
 template <class S, class T>
 void multiply(int64_t rows, const T* left, int64_t left_stride, const Part<S>& right, T* space, float* out, bool add) {
   const int64_t depth = stride_of<T>(right.depth), width = right.width;
+  const T* matrix = space;
+  int64_t stride = width;
   if constexpr (std::is_same_v<S, float>) {
-    at::native::cpublas::brgemm(rows, width, depth, left_stride, right.stride, width, add, left, right.from, out, false);
+    matrix = right.from;
+    stride = right.stride;
   } else {
     copy(right, space);
-    at::native::cpublas::brgemm(rows, width, depth, left_stride, width, width, add, left, space, out, kShort<T>);
+  }
+  // In 64, 16 and 4 rows: oneDNN compiles a kernel for every number of them (and every other size), in each thread.
+  for (int64_t m = 0, some = 64; m < rows; m += some) {
+    while (some > rows - m) some /= 4;
+    at::native::cpublas::brgemm(some, width, depth, left_stride, stride, width, add, left + m * left_stride, matrix,
+                                out + m * width, kShort<T>);
   }
 }
 
@@ -161,8 +171,6 @@ void multiply_few(int64_t rows, const T* left, int64_t left_stride, const Part<S
   for (int64_t k = 0; k < right.depth; k += kFewDepth) {
     const int64_t count = std::min(kFewDepth, right.depth - k);
     const S* stored = right.from + k * right.stride;
-    for (int64_t d = 2 * kFewDepth; d < 3 * kFewDepth; ++d)
-      for (int64_t n = 0; n < width; n += 64 / sizeof(S)) __builtin_prefetch(stored + d * right.stride + n);
     if constexpr (std::is_same_v<S, Half>)  // conversions of which are not vectorized by compilers
       for (int64_t d = 0; d < count; ++d) convert(stored + d * right.stride, space + d * width, width);
     for (int64_t m = 0; m < rows; ++m) {
