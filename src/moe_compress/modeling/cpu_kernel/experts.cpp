@@ -86,7 +86,7 @@ int64_t panel(int64_t width) { return std::max(kShallowest, kPanel / width / 2 *
 
 struct Item { int64_t expert, first, rows; };
 
-// The rows of each expert, in parts of nearly the same size.
+// The rows of each expert, in parts of nearly the same size; the largest first, so that threads end together.
 std::vector<Item> items_of(const Call& call) {
   std::vector<Item> items;
   for (int64_t e = 0, first = 0; e < call.experts; first = call.ends[e++]) {
@@ -97,6 +97,7 @@ std::vector<Item> items_of(const Call& call) {
       begin = end;
     }
   }
+  std::stable_sort(items.begin(), items.end(), [](const Item& left, const Item& right) { return left.rows > right.rows; });
   return items;
 }
 
