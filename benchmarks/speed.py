@@ -36,6 +36,7 @@ from moe_compress.evaluation.roofline import Rates, measure_rates
 from moe_compress.evaluation.speed_tables import Grid, break_even_lines, layer_grid, model_grid, variant_at, write_speed
 from moe_compress.files import put_between
 from moe_compress.modeling import find_experts, load_model
+from moe_compress.modeling.cpu_kernel import multiplied_type
 
 # experts, experts per token, hidden size, intermediate size, layers
 SHAPES = {
@@ -107,7 +108,7 @@ def _run(name: str, part: Part, options: argparse.Namespace, found: dict[str, An
         dtype = getattr(torch, dtype_name)
         conditions = {"device": str(device), "dtype": dtype_name, "machine": describe_machine()}
         rates = measure_rates(dtype, device)
-        conditions["rates"] = vars(rates)
+        conditions |= {"rates": vars(rates), "cpu_kernel": device.type == "cpu" and multiplied_type(dtype) is not None}
         for shape in part.shapes:
             if name == "models":
                 result = whole_models(shape, part, dtype, device, options)

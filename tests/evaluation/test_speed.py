@@ -22,7 +22,7 @@ from moe_compress.evaluation.memory import allocated_by
 from moe_compress.evaluation.model_speed import model_speed
 from moe_compress.evaluation.roofline import Rates, Work, layer_work
 from moe_compress.evaluation.speed import Variant, layer_inputs, layer_speed, original_variants
-from moe_compress.evaluation.speed_tables import Grid, break_even_lines, layer_grid
+from moe_compress.evaluation.speed_tables import Grid, break_even_lines, conditions, layer_grid
 from moe_compress.evaluation.timing import time_interleaved
 from moe_compress.evaluation.variants import CORE, OURS, SVD
 from moe_compress.modeling import find_experts
@@ -288,3 +288,10 @@ def test_bench_refusals(config, tmp_path):
     config.model.name = str(tmp_path)
     with pytest.raises(UserError, match="no configuration"):
         bench_model(config)
+
+
+def test_what_was_measured_without_the_kernel_says_so():
+    words = ", without the CPU kernel"
+    assert words in conditions(CONDITIONS | {"cpu_kernel": False})
+    assert words not in conditions(CONDITIONS | {"cpu_kernel": True})
+    assert words not in conditions(CONDITIONS)  # of before there was one

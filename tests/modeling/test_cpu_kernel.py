@@ -22,7 +22,7 @@ from moe_compress.modeling.experts import SharedCoreExperts
 from tests.modeling.one_layer import EXPERTS, KINDS, original, reference, route, shared
 from tests.modeling.test_cores import grouped
 
-needs_kernel = pytest.mark.skipif(cpu_kernel._multiplied(torch.float32) is None, reason="no compiler, or another CPU")
+needs_kernel = pytest.mark.skipif(cpu_kernel.multiplied_type(torch.float32) is None, reason="no kernel here")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
 
@@ -258,11 +258,11 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         pytest.skip("another system or CPU")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("MOE_COMPRESS_CPU_KERNEL", raising=False)
-    for cached in (build.library, cpu_kernel._multiplied):
+    for cached in (build.library, cpu_kernel.multiplied_type):
         cached.cache_clear()
     yield tmp_path / "moe-compress" / "cpu_kernel"
     monkeypatch.undo()
-    for cached in (build.library, cpu_kernel._multiplied):
+    for cached in (build.library, cpu_kernel.multiplied_type):
         cached.cache_clear()
 
 

@@ -43,6 +43,7 @@ from moe_compress.modeling import (
     resolve_model_path,
 )
 from moe_compress.modeling.config import QUANT_METHOD
+from moe_compress.modeling.cpu_kernel import multiplied_type
 from moe_compress.modeling.experts import SharedCoreExperts
 from moe_compress.modeling.tensors import form_of, make_layout
 
@@ -70,6 +71,7 @@ def bench_model(config: Config, output: Path | None = None) -> dict[str, Any]:
     rates = measure_rates(dtype, device)
     found: dict[str, Any] = {"machine": describe_machine(), "device": str(device), "dtype": str(dtype)[6:]}
     found["rates"] = asdict(rates)
+    found["cpu_kernel"] = device.type == "cpu" and multiplied_type(dtype) is not None
     found["layers"] = bench_layers(model_config, layouts, config, dtype, device, rates=rates)
     grids: list[Grid] = []
     for layer in found["layers"]:

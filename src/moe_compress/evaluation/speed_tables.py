@@ -128,6 +128,8 @@ def conditions(found: Mapping[str, Any]) -> str:
     where = machine["cpu"] if found["device"] == "cpu" else f"{found['device']} ({', '.join(machine['gpus'])})"
     threads = f"{machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
     text = f"{found['dtype']}, {where}, {threads}, torch {machine['versions'].get('torch')}"
+    if found["device"] == "cpu" and found.get("cpu_kernel") is False:
+        text += ", without the CPU kernel"
     if "rates" in found:
         rates = found["rates"]
         text += (

@@ -47,11 +47,11 @@ def takes(tokens: Tensor, up: DeltaFactors, down: DeltaFactors) -> bool:
         return False
     if up.cores > 1 or down.cores > 1 or down.basis is not None or not (up.delta_rank and down.delta_rank):
         return False
-    return _multiplied(tokens.dtype) is not None
+    return multiplied_type(tokens.dtype) is not None
 
 
 @cache
-def _multiplied(stored: torch.dtype) -> torch.dtype | None:
+def multiplied_type(stored: torch.dtype) -> torch.dtype | None:
     """The type in which values of a type are multiplied: its own, or fp32; None without a kernel."""
     kernel = library()
     if kernel is None:
@@ -87,7 +87,7 @@ def forward(
         [T, H].
     """
     kernel, stored = library(), tokens.dtype
-    multiplied = _multiplied(stored)
+    multiplied = multiplied_type(stored)
     assert kernel is not None and multiplied is not None
     (number, top_k), experts = index.shape, up.delta_out.shape[0]
     rows, intermediate = number * top_k, down.delta_in.shape[2]

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -35,13 +36,14 @@ def library() -> ctypes.CDLL | None:
     What stands in the way of it is said once, as a warning, unless the system is not one that it is written for
     (Linux on x86-64 with AVX2) or has no compiler (`$CXX`, else g++).
     """
-    compiler = shutil.which(os.environ.get("CXX") or "g++")
-    if os.environ.get("MOE_COMPRESS_CPU_KERNEL") == "0" or compiler is None or not _written_for_this():
+    compiler = shlex.split(os.environ.get("CXX") or "g++")
+    wanted = os.environ.get("MOE_COMPRESS_CPU_KERNEL") != "0" and _written_for_this()
+    if not wanted or shutil.which(compiler[0]) is None:
         return None
     try:
         found = ctypes.CDLL(str(_compiled(compiler)), mode=os.RTLD_NOW)
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = getattr(error, "stderr", None) or str(error)
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        reason = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
         log.warning(
             "The CPU kernel of compressed layers could not be built, PyTorch's operations stand in for it: %s. "
             "MOE_COMPRESS_CPU_KERNEL=0 leaves it out.",
@@ -59,19 +61,13 @@ def _written_for_this() -> bool:
     return on and bool(flags.get("avx2") and flags.get("f16c") and flags.get("fma3"))
 
 
-def _compiled(compiler: str) -> Path:
+def _compiled(compiler: list[str]) -> Path:
     """The library, compiled if it is not in the cache; named by all that it depends on."""
     here, libraries = Path(__file__).parent, Path(torch.__file__).parent / "lib"
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
     parts = [(here / name).read_text() for name in _SOURCES]
-    parts += [
-        version,
-        torch.__version__,
-        str(sorted(torch.cpu.get_capabilities().items())),
-        *_COMPILE,
-        *_COMPILE_ONLY,
-        *_LINK,
-    ]
+    parts += [version, torch.__version__, str(sorted(torch.cpu.get_capabilities().items()))]
+    parts += [*_COMPILE, *_COMPILE_ONLY, *_LINK]
     directory = user_cache() / "cpu_kernel"
     target = directory / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
     if target.exists():
@@ -80,8 +76,8 @@ def _compiled(compiler: str) -> Path:
     with tempfile.TemporaryDirectory() as temporary, file_in_progress(target) as linked:
         compiled = str(Path(temporary) / "experts.o")
         for command in (
-            [compiler, *_COMPILE, *_COMPILE_ONLY, str(here / "experts.cpp"), "-o", compiled],
-            [compiler, compiled, f"-L{libraries}", *_LINK, "-o", str(linked)],
+            [*compiler, *_COMPILE, *_COMPILE_ONLY, str(here / "experts.cpp"), "-o", compiled],
+            [*compiler, compiled, f"-L{libraries}", *_LINK, "-o", str(linked)],
         ):
             subprocess.run(command, capture_output=True, text=True, check=True, timeout=_SECONDS)
     return target
