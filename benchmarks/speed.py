@@ -28,15 +28,14 @@ from transformers import AutoModelForCausalLM, OlmoeConfig
 
 from moe_compress.allocator import keep_freed_memory
 from moe_compress.errors import UserError
-from moe_compress.evaluation.bench import meta_model, time_layer
+from moe_compress.evaluation.bench import describe_conditions, meta_model, time_layer
 from moe_compress.evaluation.layer_forms import FORMS, random_student, same_ratio_layouts
-from moe_compress.evaluation.machine import describe_machine, free_bytes
+from moe_compress.evaluation.machine import free_bytes
 from moe_compress.evaluation.model_speed import model_speed
 from moe_compress.evaluation.roofline import Rates, measure_rates
 from moe_compress.evaluation.speed_tables import Grid, break_even_lines, layer_grid, model_grid, variant_at, write_speed
 from moe_compress.files import put_between
 from moe_compress.modeling import find_experts, load_model
-from moe_compress.modeling.cpu_kernel import multiplied_type
 
 # experts, experts per token, hidden size, intermediate size, layers
 SHAPES = {
@@ -106,9 +105,8 @@ def _run(name: str, part: Part, options: argparse.Namespace, found: dict[str, An
     device = torch.device(options.device)
     for dtype_name in part.dtypes:
         dtype = getattr(torch, dtype_name)
-        conditions = {"device": str(device), "dtype": dtype_name, "machine": describe_machine()}
         rates = measure_rates(dtype, device)
-        conditions |= {"rates": vars(rates), "cpu_kernel": device.type == "cpu" and multiplied_type(dtype) is not None}
+        conditions = describe_conditions(dtype, device, rates)
         for shape in part.shapes:
             if name == "models":
                 result = whole_models(shape, part, dtype, device, options)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,9 +115,7 @@ def test_equals_materialized_experts(
 @pytest.mark.parametrize("tokens", [3, 120])
 @pytest.mark.parametrize("cores", [0, 1])
 @pytest.mark.parametrize("kind", ["gated", "no_gate", "transposed"])
-def test_any_gate(
-    kind: str, cores: int, tokens: int, dtype: torch.dtype, calls: list[bool], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_any_gate(kind: str, cores: int, tokens: int, dtype: torch.dtype, calls: list[bool]) -> None:
     module = original(kind)
     if kind == "gated":
         module.act_fn = nn.GELU()
@@ -264,6 +264,13 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.undo()
     for cached in (build.library, cpu_kernel.multiplied_type):
         cached.cache_clear()
+
+
+def test_where_there_is_a_compiler_there_is_a_kernel(fresh: Path) -> None:
+    """Without which a kernel that does not compile would only skip the tests above."""
+    if shutil.which(os.environ.get("CXX") or "g++") is None:
+        pytest.skip("no compiler")
+    assert build.library() is not None and cpu_kernel.multiplied_type(torch.float32) == torch.float32
 
 
 @needs_kernel

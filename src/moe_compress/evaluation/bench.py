@@ -69,9 +69,7 @@ def bench_model(config: Config, output: Path | None = None) -> dict[str, Any]:
     layouts = quantization["layers"] if quantization.get("quant_method") == QUANT_METHOD else None
     dtype = _dtype(config, model_config)
     rates = measure_rates(dtype, device)
-    found: dict[str, Any] = {"machine": describe_machine(), "device": str(device), "dtype": str(dtype)[6:]}
-    found["rates"] = asdict(rates)
-    found["cpu_kernel"] = device.type == "cpu" and multiplied_type(dtype) is not None
+    found = describe_conditions(dtype, device, rates)
     found["layers"] = bench_layers(model_config, layouts, config, dtype, device, rates=rates)
     grids: list[Grid] = []
     for layer in found["layers"]:
@@ -91,6 +89,17 @@ def bench_model(config: Config, output: Path | None = None) -> dict[str, Any]:
     if output is not None:
         write_speed(output, found, grids)
     return found
+
+
+def describe_conditions(dtype: torch.dtype, device: torch.device, rates: Rates) -> dict[str, Any]:
+    """What a measurement of speed was made with; `cpu_kernel` is whether it could run."""
+    return {
+        "machine": describe_machine(),
+        "device": str(device),
+        "dtype": str(dtype)[6:],
+        "rates": asdict(rates),
+        "cpu_kernel": device.type == "cpu" and multiplied_type(dtype) is not None,
+    }
 
 
 def bench_layers(

@@ -198,7 +198,7 @@ class SharedCoreExperts(nn.Module):
         up, down = cast_factors(up, dtype), cast_factors(down, dtype)
         tokens = hidden_states.to(dtype)
         if self.bias(up_name) is None and cpu_kernel.takes(tokens, up, down):
-            gate = None if cpu_kernel.has_gate(self.original_class, getattr(self, "act_fn", None)) else self._gate
+            gate = None if cpu_kernel.computes_gate(self) else self._gate
             return cpu_kernel.forward(tokens, top_k_index, top_k_weights, up, down, gate).to(hidden_states.dtype)
         sides = (up.delta_in, up.delta_out, down.delta_in, down.delta_out)
         rows = top_k_index.numel()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,11 +58,11 @@ def multiplied_type(stored: torch.dtype) -> torch.dtype | None:
     return next((dtype for dtype in (stored, torch.float32) if kernel.multiplies(_TYPES[dtype])), None)
 
 
-def has_gate(original_class: type, activation: Any) -> bool:
-    """Whether the gate of a class of experts is one that the kernel computes itself: SiLU, in Transformers' default."""
+def computes_gate(layer: nn.Module) -> bool:
+    """Whether the kernel computes the gate of a `SharedCoreExperts` itself: SiLU, in Transformers' default."""
     default = getattr(moe, "_default_apply_gate", None)
-    is_default = default is not None and getattr(original_class, "_apply_gate", None) is default
-    return is_default and isinstance(activation, nn.SiLU | SiLUActivation)
+    is_default = default is not None and getattr(layer.original_class, "_apply_gate", None) is default
+    return is_default and isinstance(getattr(layer, "act_fn", None), nn.SiLU | SiLUActivation)
 
 
 def forward(

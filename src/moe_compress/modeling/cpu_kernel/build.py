@@ -21,8 +21,10 @@ from moe_compress.files import file_in_progress, user_cache
 
 _SOURCES = ("experts.cpp", "products.h")
 # OpenMP without its library: torch's own, which libtorch_cpu.so brings, so that both have the same threads.
-_COMPILE = ("-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-fno-trapping-math", "-fno-math-errno")
-_COMPILE_ONLY = ("-c", "-fPIC", "-fopenmp", "-Wall")
+_COMPILE: tuple[str, ...] = (
+    "-c", "-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-fno-trapping-math", "-fno-math-errno",
+    "-fPIC", "-fopenmp", "-Wall",
+)  # fmt: skip
 _LINK = ("-shared", "-ltorch_cpu", "-lc10")
 _SECONDS = 300
 
@@ -67,7 +69,7 @@ def _compiled(compiler: list[str]) -> Path:
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
     parts = [(here / name).read_text() for name in _SOURCES]
     parts += [version, torch.__version__, str(sorted(torch.cpu.get_capabilities().items()))]
-    parts += [*_COMPILE, *_COMPILE_ONLY, *_LINK]
+    parts += [*_COMPILE, *_LINK]
     directory = user_cache() / "cpu_kernel"
     target = directory / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
     if target.exists():
@@ -76,7 +78,7 @@ def _compiled(compiler: list[str]) -> Path:
     with tempfile.TemporaryDirectory() as temporary, file_in_progress(target) as linked:
         compiled = str(Path(temporary) / "experts.o")
         for command in (
-            [*compiler, *_COMPILE, *_COMPILE_ONLY, str(here / "experts.cpp"), "-o", compiled],
+            [*compiler, *_COMPILE, str(here / "experts.cpp"), "-o", compiled],
             [*compiler, compiled, f"-L{libraries}", *_LINK, "-o", str(linked)],
         ):
             subprocess.run(command, capture_output=True, text=True, check=True, timeout=_SECONDS)

@@ -35,7 +35,6 @@ namespace {
 
 // Measured on OLMoE's layer, see docs/SPEED.md.
 constexpr int64_t kRows = 128;         // of an expert at a time
-constexpr int64_t kFewRows = 2;        // up to so many are multiplied without a copy of the matrix
 constexpr int64_t kPanel = 1 << 16;    // values of a matrix with a long inner dimension at a time
 constexpr int64_t kShallowest = 64;    // and at least so many of its rows
 constexpr int64_t kColumns = 256;      // of a matrix with a long outer dimension at a time
@@ -84,13 +83,16 @@ constexpr int64_t kAligning = 1024;  // bytes that this takes beyond the values
 // How many rows of a matrix of `width` columns are multiplied with at a time.
 int64_t panel(int64_t width) { return std::max(kShallowest, kPanel / width / 2 * 2); }
 
+// Where the rows of an expert begin in `order`.
+int64_t begin_of(const Call& call, int64_t expert) { return expert ? call.ends[expert - 1] : 0; }
+
 struct Item { int64_t expert, first, rows; };
 
 // The rows of each expert, in parts of nearly the same size; the largest first, so that threads end together.
 std::vector<Item> items_of(const Call& call) {
   std::vector<Item> items;
-  for (int64_t e = 0, first = 0; e < call.experts; first = call.ends[e++]) {
-    const int64_t count = call.ends[e] - first, parts = (count + kRows - 1) / kRows;
+  for (int64_t e = 0; e < call.experts; ++e) {
+    const int64_t first = begin_of(call, e), count = call.ends[e] - first, parts = (count + kRows - 1) / kRows;
     for (int64_t part = 0, begin = 0; part < parts; ++part) {
       const int64_t end = std::min(count, round_up(count * (part + 1) / parts, kMultiple));
       if (end > begin) items.push_back({e, first + begin, end - begin});
@@ -195,8 +197,7 @@ template <class S, class T> class Worker {
   }
 
   void product(const T* left, int64_t left_stride, const Part<S>& right, float* out, bool add) {
-    if (few()) multiply_few(rows_, left, left_stride, right, row_, out, add);
-    else multiply(rows_, left, left_stride, right, space_, out, add);
+    multiply(rows_, left, left_stride, right, space_, row_, out, add);
   }
 
   // What was gathered, of `width`, times the matrix [width, rank] of an expert.
@@ -251,7 +252,7 @@ template <class S, class T> void sum_out(const Call& call) {
   const int64_t rank = call.down_rank, hidden = call.hidden, stride = stride_of<T>(rank);
   std::vector<int64_t> used;
   for (int64_t e = 0; e < call.experts; ++e)
-    if (call.ends[e] > (e ? call.ends[e - 1] : 0)) used.push_back(e);
+    if (call.ends[e] > begin_of(call, e)) used.push_back(e);
   // Few rows take a matrix as it lies in memory.
   const bool few = call.tokens * call.top_k <= kFewRows * int64_t(used.size());
   int64_t columns = few ? hidden : std::min(kColumns, hidden);
@@ -280,13 +281,12 @@ template <class S, class T> void sum_out(const Call& call) {
         const auto part = part_of(e), next = part_of(used[std::min(number + 1, used.size() - 1)]);
         // The rows of an expert are in the order of their tokens.
         const int64_t* last = call.order + call.ends[e];
-        const int64_t* first = std::lower_bound(call.order + (e ? call.ends[e - 1] : 0), last, begin * call.top_k);
+        const int64_t* first = std::lower_bound(call.order + begin_of(call, e), last, begin * call.top_k);
         last = std::lower_bound(first, last, end * call.top_k);
         for (int64_t count; first < last; first += count) {
           count = std::min(kRows, int64_t(last - first));
           const T* values = static_cast<const T*>(call.values) + (first - call.order) * stride;
-          if (count <= kFewRows) multiply_few(count, values, stride, part, row, products, false);
-          else multiply(round_up(count, kMultiple), values, stride, part, space, products, false);
+          multiply(count, values, stride, part, space, row, products, false);
           for (int64_t m = 0; m < count; ++m) {
             next.prefetch(m, count);
             float* sum = sums + (first[m] / call.top_k - begin) * n;

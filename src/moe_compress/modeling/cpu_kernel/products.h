@@ -30,7 +30,8 @@ namespace {
 using c10::BFloat16;
 using c10::Half;
 
-constexpr int64_t kMultiple = 4;  // of which the rows of `multiply` are
+constexpr int64_t kMultiple = 4;  // of which the rows of `multiply_many` are
+constexpr int64_t kFewRows = 2;   // up to so many are multiplied without a copy of the matrix
 constexpr int64_t kFewDepth = 4;  // rows of a matrix that `multiply_few` adds at a time
 
 // S is the type that is stored, T the one that is multiplied: the same, or fp32 where the CPU cannot multiply S.
@@ -128,9 +129,10 @@ template <class T> void copy(const Part<T>& matrix, T* to) {
 }
 
 // out [rows, width] (+)= left [rows, depth] right [depth, width], for a multiple of kMultiple rows; `space` holds a copy
-// of the right side.
+// of the right side, where it takes one.
 template <class S, class T>
-void multiply(int64_t rows, const T* left, int64_t left_stride, const Part<S>& right, T* space, float* out, bool add) {
+void multiply_many(int64_t rows, const T* left, int64_t left_stride, const Part<S>& right, T* space, float* out,
+                   bool add) {
   const int64_t depth = stride_of<T>(right.depth), width = right.width;
   const T* matrix = space;
   int64_t stride = width;
@@ -181,4 +183,13 @@ void multiply_few(int64_t rows, const T* left, int64_t left_stride, const Part<S
     }
   }
 }
+
+// The same for any number of rows; up to the next multiple of kMultiple, `left` and `out` have to be there.
+template <class S, class T>
+void multiply(int64_t rows, const T* left, int64_t left_stride, const Part<S>& right, T* space, float* few_space,
+              float* out, bool add) {
+  if (rows <= kFewRows) multiply_few(rows, left, left_stride, right, few_space, out, add);
+  else multiply_many(round_up(rows, kMultiple), left, left_stride, right, space, out, add);
+}
+
 }  // namespace
