@@ -9,7 +9,7 @@ tensor, but written in config.json.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, Literal, NotRequired, TypedDict
 
 import torch
@@ -76,8 +76,8 @@ def factors_from_tensors(projection: str, tensors: Mapping[str, Tensor], groups:
 
 def cast_factors(factors: Factors, dtype: torch.dtype) -> Any:
     """The same factors, of the same class, in another dtype; themselves if they are in it."""
-    values = {field.name: getattr(factors, field.name) for field in fields(factors) if field.name != "groups"}
-    others = {name: value for name, value in values.items() if value is not None and value.dtype != dtype}
+    own = vars(factors).items()
+    others = {name: value for name, value in own if value is not None and value.dtype != dtype and name != "groups"}
     return replace(factors, **{name: value.to(dtype) for name, value in others.items()}) if others else factors
 
 

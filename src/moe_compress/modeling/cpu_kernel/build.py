@@ -19,7 +19,7 @@ import torch
 
 from moe_compress.files import file_in_progress, user_cache
 
-_SOURCES = ("experts.cpp", "products.h")
+_SOURCES = ("experts.cpp", "products.h", "tiles.h", "matrix.h")
 # OpenMP without its library: torch's own, which libtorch_cpu.so brings, so that both have the same threads.
 _COMPILE: tuple[str, ...] = (
     "-c", "-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-fno-trapping-math", "-fno-math-errno",
@@ -69,7 +69,7 @@ def _compiled(compiler: list[str]) -> Path:
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
     parts = [(here / name).read_text() for name in _SOURCES]
     parts += [version, torch.__version__, str(sorted(torch.cpu.get_capabilities().items()))]
-    parts += [*_COMPILE, *_LINK]
+    parts += [*compiler, *_COMPILE, *_LINK]
     directory = user_cache() / "cpu_kernel"
     target = directory / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
     if target.exists():

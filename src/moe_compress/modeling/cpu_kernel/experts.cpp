@@ -1,13 +1,14 @@
 // The low-rank experts of one MoE layer on a CPU, without gradient. Compiled and called by __init__.py.
 //
 // A thread takes some rows of one expert through all products up to the inner values of the down projection, so that
-// what lies between them stays in its cache. Products are oneDNN's, by the interface to its small GEMMs that PyTorch has
-// for kernels of its own (brgemm, which sums in fp32). fp32 matrices are read where they lie; of 16-bit ones a copy is
-// made on the way, in the order that the instructions want. Memory is read ahead while a gate or a sum is computed.
+// what lies between them stays in its cache. Products are ours where AVX-512 does them (tiles.h), else oneDNN's, by the
+// interface to its small GEMMs that PyTorch has for kernels of its own (brgemm); both sum in fp32. Of a matrix a copy is
+// made on the way, in the order that the instructions want. Each product has the matrix after it read ahead.
 //
 // A row is one (token, chosen expert) pair, numbered token * top_k + choice.
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <type_traits>
 #include <vector>
@@ -37,7 +38,8 @@ namespace {
 constexpr int64_t kRows = 128;         // of an expert at a time
 constexpr int64_t kPanel = 1 << 16;    // values of a matrix with a long inner dimension at a time
 constexpr int64_t kShallowest = 64;    // and at least so many of its rows
-constexpr int64_t kColumns = 256;      // of a matrix with a long outer dimension at a time
+constexpr int64_t kColumns = 128;      // of the up projection at a time
+constexpr int64_t kSumColumns = 256;   // of the output at a time
 constexpr int64_t kSums = 512 * 256;   // values of the output that a thread adds up at a time
 
 // SiLU(gate) * up, with e^-gate as 2^t by a polynomial (Remez, 2e-7), which compilers vectorize.
@@ -94,7 +96,7 @@ std::vector<Item> items_of(const Call& call) {
   for (int64_t e = 0; e < call.experts; ++e) {
     const int64_t first = begin_of(call, e), count = call.ends[e] - first, parts = (count + kRows - 1) / kRows;
     for (int64_t part = 0, begin = 0; part < parts; ++part) {
-      const int64_t end = std::min(count, round_up(count * (part + 1) / parts, kMultiple));
+      const int64_t end = std::min(count, round_up(count * (part + 1) / parts, 4));
       if (end > begin) items.push_back({e, first + begin, end - begin});
       begin = end;
     }
@@ -127,20 +129,23 @@ template <class S, class T> class Worker {
     row_ = scratch.take<float>(kFewDepth * (ranks + longest));
   }
 
-  // From what the up projection reads to the rows before the gate, or to the values of the down projection.
-  void up(const Item& item) {
+  // From what the up projection reads to the rows before the gate, or to the values of the down projection. `next` is
+  // the expert whose turn it is after this.
+  void up(const Item& item, int64_t next) {
     const int64_t rank = call_.up_rank, width = call_.up_width, intermediate = call_.intermediate;
     const int64_t* order = begin(item);
     const auto* seen = static_cast<const S*>(call_.seen);
     gather(item, call_.seen_width, [&](int64_t row) { return seen + row / call_.top_k * call_.seen_width; });
-    long_product(static_cast<const S*>(call_.up_in), item.expert, call_.seen_width, rank, inner_sums_);
-    for (int64_t m = 0; m < rows_; ++m) convert_row(inner_sums_ + m * rank, inner_ + m * rank_stride_, rank);
     // Few rows take a matrix as it lies in memory.
     const int64_t columns = few() ? std::max(width, intermediate) : kColumns;
+    const Part<S> next_in = in_part(next);
+    long_product(in_part(item.expert), inner_sums_, up_part(item.expert, 0, columns));
+    for (int64_t m = 0; m < rows_; ++m) convert_row(inner_sums_ + m * rank, inner_ + m * rank_stride_, rank);
     if (call_.before_gate) {
       for (int64_t j = 0; j < width; j += columns) {
         const int64_t n = std::min(columns, width - j);
-        up_product(item, up_part(item.expert, j, n), j, up_);
+        const Part<S> after = j + n < width ? up_part(item.expert, j + n, columns) : next_in;
+        up_product(item, up_part(item.expert, j, n), j, up_, after);
         for (int64_t m = 0; m < item.rows; ++m)
           convert(up_ + m * n, static_cast<S*>(call_.before_gate) + order[m] * width + j, n);
       }
@@ -148,30 +153,28 @@ template <class S, class T> class Worker {
     }
     for (int64_t j = 0; j < intermediate; j += columns) {
       const int64_t n = std::min(columns, intermediate - j), stride = stride_of<T>(n);
-      up_product(item, up_part(item.expert, j, n), j, gate_);
-      up_product(item, up_part(item.expert, intermediate + j, n), intermediate + j, up_);
-      const int64_t next = std::min(columns, intermediate - j - n);
-      const auto down = down_part(item.expert, j, n);
-      const auto next_gate = up_part(item.expert, j + n, next), next_up = up_part(item.expert, intermediate + j + n, next);
+      const Part<S> gate = up_part(item.expert, j, n), up = up_part(item.expert, intermediate + j, n);
+      const Part<S> down = down_part(item.expert, j, n);
+      const Part<S> after = j + n < intermediate ? up_part(item.expert, j + n, columns) : next_in;
+      up_product(item, gate, j, gate_, up);
+      up_product(item, up, intermediate + j, up_, down);
       for (int64_t m = 0; m < rows_; ++m) {
-        if (!few())
-          for (const auto* part : {&down, &next_gate, &next_up}) part->prefetch(m, rows_);
         float* row = gate_ + m * n;
         for (int64_t i = 0; i < n; ++i) row[i] = silu_times(row[i], up_[m * n + i]);
         convert_row(row, gated_ + m * stride, n);
         if (call_.gated && m < item.rows)
           convert(row, static_cast<S*>(call_.gated) + order[m] * intermediate + j, n);
       }
-      product(gated_, stride, down, sums_, j > 0);
+      product(gated_, stride, down, sums_, j > 0, after);
     }
     finish(item);
   }
 
   // From gated rows to the values of the down projection.
-  void down(const Item& item) {
+  void down(const Item& item, int64_t next) {
     const auto* gated = static_cast<const S*>(call_.gated);
     gather(item, call_.intermediate, [&](int64_t row) { return gated + row * call_.intermediate; });
-    long_product(static_cast<const S*>(call_.down_in), item.expert, call_.intermediate, call_.down_rank, sums_);
+    long_product(down_part(item.expert, 0, call_.intermediate), sums_, down_part(next, 0, call_.intermediate));
     finish(item);
   }
 
@@ -180,9 +183,13 @@ template <class S, class T> class Worker {
 
   const int64_t* begin(const Item& item) const { return call_.order + item.first; }
 
+  Part<S> in_part(int64_t expert) const {
+    const int64_t rank = call_.up_rank, depth = call_.seen_width;
+    return {static_cast<const S*>(call_.up_in) + expert * depth * rank, rank, depth, rank};
+  }
   Part<S> up_part(int64_t expert, int64_t column, int64_t count) const {
     const auto* matrix = static_cast<const S*>(call_.up_out) + expert * call_.up_rank * call_.up_width;
-    return {matrix + column, call_.up_width, call_.up_rank, count};
+    return {matrix + column, call_.up_width, call_.up_rank, std::min(count, call_.up_width - column)};
   }
   Part<S> down_part(int64_t expert, int64_t row, int64_t count) const {
     const auto* matrix = static_cast<const S*>(call_.down_in) + expert * call_.intermediate * call_.down_rank;
@@ -190,32 +197,33 @@ template <class S, class T> class Worker {
   }
 
   template <class Source> void gather(const Item& item, int64_t width, Source source) {
-    rows_ = item.rows <= kFewRows ? item.rows : round_up(item.rows, kMultiple);
+    rows_ = item.rows <= kFewRows ? item.rows : round_up(item.rows, kMultiple<T>);
     const int64_t stride = stride_of<T>(width);
     for (int64_t m = 0; m < item.rows; ++m) convert_row(source(begin(item)[m]), gathered_ + m * stride, width);
     std::fill(gathered_ + item.rows * stride, gathered_ + rows_ * stride, T{});
   }
 
-  void product(const T* left, int64_t left_stride, const Part<S>& right, float* out, bool add) {
-    multiply(rows_, left, left_stride, right, space_, row_, out, add);
+  void product(const T* left, int64_t left_stride, const Part<S>& right, float* out, bool add, const Part<S>& next) {
+    multiply(rows_, left, left_stride, right, space_, row_, out, add, next);
   }
 
-  // What was gathered, of `width`, times the matrix [width, rank] of an expert.
-  void long_product(const S* matrices, int64_t expert, int64_t width, int64_t rank, float* out) {
-    const S* matrix = matrices + expert * width * rank;
-    const int64_t most = few() ? width : panel(rank);
-    for (int64_t k = 0; k < width; k += most) {
-      const int64_t depth = std::min(most, width - k);
-      product(gathered_ + k, stride_of<T>(width), {matrix + k * rank, rank, depth, rank}, out, k > 0);
+  // What was gathered times a matrix with a long inner dimension.
+  void long_product(const Part<S>& matrix, float* out, const Part<S>& next) {
+    const int64_t most = few() ? matrix.depth : panel(matrix.width);
+    for (int64_t k = 0; k < matrix.depth; k += most) {
+      const Part<S> part = matrix.block(k, most, 0, matrix.width);
+      const bool last = k + most >= matrix.depth;
+      product(gathered_ + k, stride_of<T>(matrix.depth), part, out, k > 0,
+              last ? next : matrix.block(k + most, most, 0, matrix.width));
     }
   }
 
   // Some columns of the up projection, from `column` on.
-  void up_product(const Item& item, const Part<S>& part, int64_t column, float* out) {
+  void up_product(const Item& item, const Part<S>& part, int64_t column, float* out, const Part<S>& next) {
     const auto* base = static_cast<const S*>(call_.base);
     for (int64_t m = 0; base && m < item.rows; ++m)
       convert(base + begin(item)[m] / call_.top_k * call_.up_width + column, out + m * part.width, part.width);
-    product(inner_, rank_stride_, part, out, base != nullptr);
+    product(inner_, rank_stride_, part, out, base != nullptr, next);
   }
 
   // The values of the down projection, times the routing weights.
@@ -237,12 +245,18 @@ template <class S, class T> class Worker {
 
 template <class S, class T> void up_or_down(const Call& call, bool up) {
   const std::vector<Item> items = items_of(call);
+  std::atomic<size_t> taken{0};
 #pragma omp parallel num_threads(call.threads)
   {
     Worker<S, T> worker(call, up ? call.seen_width : call.intermediate, up ? call.up_rank : call.down_rank);
-#pragma omp for schedule(dynamic, 1)
-    for (size_t number = 0; number < items.size(); ++number)
-      up ? worker.up(items[number]) : worker.down(items[number]);
+    // A thread knows its next item when it begins with one.
+    for (size_t number = taken++; number < items.size();) {
+      const size_t after = taken++;
+      const Item& item = items[number];
+      const int64_t next = items[std::min(after, items.size() - 1)].expert;
+      up ? worker.up(item, next) : worker.down(item, next);
+      number = after;
+    }
     at::native::cpublas::brgemm_release(kShort<T>);
   }
 }
@@ -255,7 +269,7 @@ template <class S, class T> void sum_out(const Call& call) {
     if (call.ends[e] > begin_of(call, e)) used.push_back(e);
   // Few rows take a matrix as it lies in memory.
   const bool few = call.tokens * call.top_k <= kFewRows * int64_t(used.size());
-  int64_t columns = few ? hidden : std::min(kColumns, hidden);
+  int64_t columns = few ? hidden : std::min(kSumColumns, hidden);
   while (columns > 64 && (hidden + columns - 1) / columns < call.threads) columns = (columns + 1) / 2;
   const int64_t wide = (hidden + columns - 1) / columns;
   int64_t deep = std::max((call.threads + wide - 1) / wide, (call.tokens * columns + kSums - 1) / kSums);
@@ -263,11 +277,13 @@ template <class S, class T> void sum_out(const Call& call) {
   const int64_t most = (call.tokens + deep - 1) / deep;
 #pragma omp parallel num_threads(call.threads)
   {
-    Scratch scratch(sizeof(T) * stride * columns + sizeof(float) * (kRows + most + kFewDepth) * columns + kAligning);
-    T* space = scratch.take<T>(stride * columns);
+    const int64_t copied = std::max(kPanel, stride * columns);
+    Scratch scratch(sizeof(T) * copied + sizeof(float) * (kRows + most + kFewDepth) * columns + kAligning);
+    T* space = scratch.take<T>(copied);
     float* products = scratch.take<float>(kRows * columns);
     float* sums = scratch.take<float>(most * columns);
     float* row = scratch.take<float>(kFewDepth * columns);
+    float* sum_of[kRows];
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < wide * deep; ++task) {
       const int64_t j = task % wide * columns, n = std::min(columns, hidden - j);
@@ -286,12 +302,19 @@ template <class S, class T> void sum_out(const Call& call) {
         for (int64_t count; first < last; first += count) {
           count = std::min(kRows, int64_t(last - first));
           const T* values = static_cast<const T*>(call.values) + (first - call.order) * stride;
-          multiply(count, values, stride, part, space, row, products, false);
+          bool distinct = true;  // unless a token has an expert twice
           for (int64_t m = 0; m < count; ++m) {
-            next.prefetch(m, count);
-            float* sum = sums + (first[m] / call.top_k - begin) * n;
-            for (int64_t i = 0; i < n; ++i) sum[i] += products[m * n + i];
+            sum_of[m] = sums + (first[m] / call.top_k - begin) * n;
+            distinct &= m == 0 || sum_of[m] != sum_of[m - 1];
           }
+          if constexpr (kTiled<T>)
+            if (distinct && count > kFewRows) {
+              multiply_tiles(count, values, stride, part, space, [&](int64_t m) { return sum_of[m]; }, true, next);
+              continue;
+            }
+          multiply(count, values, stride, part, space, row, products, false, next);
+          for (int64_t m = 0; m < count; ++m)
+            for (int64_t i = 0; i < n; ++i) sum_of[m][i] += products[m * n + i];
         }
       }
       for (int64_t t = begin; t < end; ++t)
