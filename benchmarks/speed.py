@@ -32,7 +32,6 @@ from moe_compress.evaluation.bench import describe_conditions, meta_model, time_
 from moe_compress.evaluation.layer_forms import FORMS, random_student, same_ratio_layouts
 from moe_compress.evaluation.machine import free_bytes
 from moe_compress.evaluation.model_speed import model_speed
-from moe_compress.evaluation.roofline import Rates, measure_rates
 from moe_compress.evaluation.speed_tables import Grid, break_even_lines, layer_grid, model_grid, variant_at, write_speed
 from moe_compress.files import put_between
 from moe_compress.modeling import find_experts, load_model
@@ -105,13 +104,12 @@ def _run(name: str, part: Part, options: argparse.Namespace, found: dict[str, An
     device = torch.device(options.device)
     for dtype_name in part.dtypes:
         dtype = getattr(torch, dtype_name)
-        rates = measure_rates(dtype, device)
-        conditions = describe_conditions(dtype, device, rates)
+        conditions = describe_conditions(dtype, device)
         for shape in part.shapes:
             if name == "models":
                 result = whole_models(shape, part, dtype, device, options)
             else:
-                result = layer(shape, part, dtype, device, rates, training=name == "training", options=options)
+                result = layer(shape, part, dtype, device, training=name == "training", options=options)
             found["results"].append({"part": name, "shape": shape, **conditions, **result})
             console.print(_grid(found["results"][-1]).rich())
             for variant in result.get("layouts", {}):
@@ -130,7 +128,6 @@ def layer(
     part: Part,
     dtype: torch.dtype,
     device: torch.device,
-    rates: Rates,
     *,
     training: bool,
     options: argparse.Namespace,
@@ -147,7 +144,7 @@ def layer(
         ]
     timed = time_layer(
         facts, layouts, dtype, device, top_k=SHAPES[shape][1], tokens=part.tokens, seconds=options.seconds,
-        least_rounds=options.rounds, training=training, rates=rates,
+        least_rounds=options.rounds, training=training,
     )  # fmt: skip
     return {"module": label, "unreachable": unreachable, **timed}
 

@@ -14,8 +14,8 @@ from moe_compress.config import Config
 from moe_compress.errors import UserError
 from moe_compress.evaluation import bench as bench_module
 from moe_compress.evaluation import model_speed as model_module
+from moe_compress.evaluation import roofline, timing
 from moe_compress.evaluation import speed as speed_module
-from moe_compress.evaluation import timing
 from moe_compress.evaluation.bench import bench_layers, bench_model
 from moe_compress.evaluation.layer_forms import random_layer
 from moe_compress.evaluation.memory import allocated_by
@@ -38,6 +38,8 @@ CONDITIONS = {"machine": {"cpu": "a CPU", "threads": 1, "versions": {}}, "device
 def quick(monkeypatch):
     monkeypatch.setattr(timing, "_MOST_CALLS", 1)
     monkeypatch.setattr(speed_module, "_MOST_COPIES", 2)
+    monkeypatch.setattr(roofline, "_COPIED_BYTES", 2**10)
+    monkeypatch.setattr(roofline, "_GEMM_SIZE", 16)
 
 
 def test_rounds_are_interleaved_and_rotate():
@@ -250,7 +252,6 @@ def test_a_layer_is_timed_from_its_configuration_alone():
 
 @pytest.mark.parametrize("compressed", [False, True])
 def test_bench_prints_writes_and_returns_tables(config, student_dir, tmp_path, capsys, monkeypatch, compressed):
-    monkeypatch.setattr(bench_module, "measure_rates", lambda *_: Rates(1e9, 1e9))
     for name in ("layer_speed", "model_speed"):
         function = getattr(bench_module, name)
         monkeypatch.setattr(
@@ -268,6 +269,35 @@ def test_bench_prints_writes_and_returns_tables(config, student_dir, tmp_path, c
     assert {row["variant"] for row in found["model"]["rows"]} > {OURS, "original, grouped_mm"}
 
 
+def test_the_roofline_is_of_the_same_rounds(monkeypatch):
+    """The copy and the GEMM are timed among the variants, for each number of tokens, and are no variant."""
+    timed = []
+
+    def spy(calls, *args, **kwargs):
+        timed.append(set(calls))
+        return time_interleaved(calls, *args, **kwargs)
+
+    monkeypatch.setattr(speed_module, "time_interleaved", spy)
+    (facts, *_) = find_experts(make_model())
+    original = facts.module
+    rows = layer_speed(original, {}, top_k=2, tokens=(1, 3), seconds=0, roofline=True)
+    assert all({"copy", "gemm", "original, eager"} <= calls for calls in timed) and len(timed) == 2
+    assert {row["variant"] for row in rows} == {"original, eager", "original, grouped_mm", "original, batched_mm"}
+    rates = {row["tokens"]: row["rates"] for row in rows}
+    assert all(row["rates"] == rates[row["tokens"]] for row in rows)
+    inputs = [
+        layer_inputs(3, facts.hidden_size, facts.num_experts, 2, dtype=torch.float32, device=CPU, seed=seed)
+        for seed in range(speed_module._INPUTS)
+    ]
+    least = sum(layer_work(original, each.index).seconds(Rates(**rates[3])) for each in inputs) / len(inputs)
+    assert rows[-1]["roofline_ms"] == pytest.approx(1e3 * least)
+
+
+def test_rates_are_those_of_the_quartile():
+    timings = {name: timing.Timing(9.0, low, 9.0, 5) for name, low in (("copy", 2.0), ("gemm", 4.0))}
+    assert roofline.rates_of(timings) == Rates(2 * 2**10 / 2.0, 2 * 16**3 / 4.0)
+
+
 def test_bench_of_a_compressed_model_finds_the_teacher_in_its_run(make_run):
     run = make_run(0)
     assert bench_module._teacher_of(run.path / "checkpoints" / "checkpoint-0") is None  # a link to elsewhere
@@ -277,7 +307,6 @@ def test_bench_of_a_compressed_model_finds_the_teacher_in_its_run(make_run):
 
 def test_the_command_runs(tmp_path, capsys, monkeypatch):
     make_model().save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(bench_module, "measure_rates", lambda *_: Rates(1e9, 1e9))
     monkeypatch.setattr(bench_module, "layer_speed", partial(layer_speed, seconds=0))
     monkeypatch.setattr(bench_module, "_whole_models", lambda *_, **__: None)
     assert main(["bench", str(tmp_path / "model"), "compression.rank=4"]) == 0

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from moe_compress.evaluation.layer_forms import (
 )
 from moe_compress.evaluation.machine import choose_device, describe_machine
 from moe_compress.evaluation.model_speed import model_speed
-from moe_compress.evaluation.roofline import Rates, measure_rates
 from moe_compress.evaluation.speed import TOKENS, layer_speed
 from moe_compress.evaluation.speed_tables import Grid, break_even_lines, layer_grid, model_grid, write_speed
 from moe_compress.evaluation.variants import OURS
@@ -68,9 +66,8 @@ def bench_model(config: Config, output: Path | None = None) -> dict[str, Any]:
     quantization = getattr(model_config, "quantization_config", None) or {}
     layouts = quantization["layers"] if quantization.get("quant_method") == QUANT_METHOD else None
     dtype = _dtype(config, model_config)
-    rates = measure_rates(dtype, device)
-    found = describe_conditions(dtype, device, rates)
-    found["layers"] = bench_layers(model_config, layouts, config, dtype, device, rates=rates)
+    found = describe_conditions(dtype, device)
+    found["layers"] = bench_layers(model_config, layouts, config, dtype, device)
     grids: list[Grid] = []
     for layer in found["layers"]:
         grids.append(layer_grid(layer, found))
@@ -91,13 +88,12 @@ def bench_model(config: Config, output: Path | None = None) -> dict[str, Any]:
     return found
 
 
-def describe_conditions(dtype: torch.dtype, device: torch.device, rates: Rates) -> dict[str, Any]:
+def describe_conditions(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """What a measurement of speed was made with; `cpu_kernel` is whether it could run."""
     return {
         "machine": describe_machine(),
         "device": str(device),
         "dtype": str(dtype)[6:],
-        "rates": asdict(rates),
         "cpu_kernel": device.type == "cpu" and multiplied_type(dtype) is not None,
     }
 
@@ -111,7 +107,6 @@ def bench_layers(
     *,
     tokens: Sequence[int] = TOKENS,
     seconds: float = 2.0,
-    rates: Rates | None = None,
 ) -> list[dict[str, Any]]:
     """Time one layer of each kind (shapes and ranks) that a model has, beside other forms of the same bytes.
 
@@ -120,7 +115,7 @@ def bench_layers(
         layouts: the layouts of a compressed checkpoint by module name; None plans them from `config.compression`.
         config: the settings.
         dtype, device: what to time in, and where.
-        tokens, seconds, rates: see `layer_speed`.
+        tokens, seconds: see `layer_speed`.
 
     Returns:
         A dict per kind: `module` (the first of its kind), `count`, and what `time_layer` gives.
@@ -142,7 +137,7 @@ def bench_layers(
         rivals = {name: own for name, own in same_bytes_layouts(ours).items() if forms_of(own) != forms_of(ours.layout)}
         timed = time_layer(
             facts, {OURS: planned[facts.name], **rivals}, dtype, device,
-            top_k=top_k, tokens=tokens, seconds=seconds, seed=config.seed, rates=rates,
+            top_k=top_k, tokens=tokens, seconds=seconds, seed=config.seed,
         )  # fmt: skip
         results.append({"module": facts.name, "count": len(same), **timed})
     return results
@@ -179,7 +174,7 @@ def time_layer(
         "intermediate_size": experts.intermediate_size,
         "kept": {name: _bytes(layer) / _bytes(original) for name, layer in layers.items()},
         "layouts": {name: layer.layout for name, layer in layers.items()},
-        "rows": layer_speed(original, layers, top_k=top_k, seed=seed, **settings),
+        "rows": layer_speed(original, layers, top_k=top_k, seed=seed, roofline=True, **settings),
     }
     original.to_empty(device="meta")
     return found

@@ -7,17 +7,19 @@ largest GEMM.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from moe_compress.evaluation.timing import time_interleaved
+from moe_compress.evaluation.timing import Timing
 from moe_compress.modeling.experts import SharedCoreExperts
 from moe_compress.modeling.onednn import linear
 
 _COPIED_BYTES = 2**27  # far above any cache
 _GEMM_SIZE = 2048
+_COPY, _GEMM = "copy", "gemm"
 
 
 @dataclass(frozen=True)
@@ -40,16 +42,17 @@ class Work:
         return max(self.bytes / rates.bytes_per_second, self.flops / rates.flops_per_second)
 
 
-def measure_rates(dtype: torch.dtype, device: torch.device, *, seconds: float = 1.0) -> Rates:
-    """Time a copy and a GEMM of `dtype` on this machine, with the threads that are set."""
+def rate_calls(dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[int], object]]:
+    """A copy and a GEMM of `dtype`, with the threads that are set, for `time_interleaved`; see `rates_of`."""
     source = torch.zeros(_COPIED_BYTES, dtype=torch.uint8, device=device)
     target = torch.ones_like(source)
     matrix = torch.randn(_GEMM_SIZE, _GEMM_SIZE, device=device).to(dtype)
-    calls = {"copy": lambda _: target.copy_(source), "gemm": lambda _: linear(matrix, matrix)}
-    with torch.inference_mode():
-        # The quartile, not the median: a roof is what can be reached.
-        times = {name: timing.low for name, timing in time_interleaved(calls, device, seconds=seconds).items()}
-    return Rates(2 * _COPIED_BYTES / times["copy"], 2 * _GEMM_SIZE**3 / times["gemm"])
+    return {_COPY: lambda _: target.copy_(source), _GEMM: lambda _: linear(matrix, matrix)}
+
+
+def rates_of(timings: Mapping[str, Timing]) -> Rates:
+    """The rates by the times of `rate_calls`: the quartile, not the median, for a roof is what can be reached."""
+    return Rates(2 * _COPIED_BYTES / timings[_COPY].low, 2 * _GEMM_SIZE**3 / timings[_GEMM].low)
 
 
 def layer_work(experts: nn.Module, index: Tensor) -> Work:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_compress.evaluation.layer_forms import projection_shapes
 from moe_compress.evaluation.memory import allocated_by
-from moe_compress.evaluation.roofline import Rates, layer_work
+from moe_compress.evaluation.roofline import layer_work, rate_calls, rates_of
 from moe_compress.evaluation.timing import Timing, time_interleaved
 from moe_compress.factorization.budget import break_even
 from moe_compress.modeling.experts import SharedCoreExperts
@@ -101,7 +101,7 @@ def layer_speed(
     tokens: Sequence[int] = TOKENS,
     seconds: float = 1.0,
     seed: int = 0,
-    rates: Rates | None = None,
+    roofline: bool = False,
     training: bool = False,
     least_rounds: int = 7,
 ) -> list[dict[str, Any]]:
@@ -114,21 +114,22 @@ def layer_speed(
         tokens: tokens per call.
         seconds: time to spend per number of tokens.
         seed: seed of hidden states and routing.
-        rates: of this machine; adds the roofline to each row.
+        roofline: measure this machine's rates in the same rounds, and add to each row what they allow.
         training: forward and backward, with gradients of everything, instead of the forward pass alone.
         least_rounds: samples of each, at least.
 
     Returns:
         A dict per number of tokens and variant: `tokens`, `variant`, `ms` (median), `ms_low`, `ms_high` (quartiles),
         `samples`, and `speedup`: time of the fastest original over this one's; of a compressed one also
-        `faster_below`, see there. With `rates`, `roofline_ms`, the least time on this machine. With `training`,
-        `kept_bytes`, what the forward pass keeps for the backward pass, and `peak_bytes`, the most that is allocated
-        beyond weights and inputs, gradients included.
+        `faster_below`, see there. With `roofline`, this machine's `rates`, and `roofline_ms`, the least time at them.
+        With `training`, `kept_bytes`, what the forward pass keeps for the backward pass, and `peak_bytes`, the most
+        that is allocated beyond weights and inputs, gradients included.
     """
     facts = describe_experts("experts", original)
     parameter = next(original.parameters())
     modules: dict[str, nn.Module] = {"": original, **compressed}
     copies = {name: [module] if training else _copies(module) for name, module in modules.items()}
+    machine = rate_calls(parameter.dtype, parameter.device) if roofline else {}
     rows = []
     for number in tokens:
         inputs = [
@@ -143,17 +144,20 @@ def layer_speed(
         call = _train if training else _infer
         with torch.inference_mode(not training), torch.set_grad_enabled(training):
             timings = time_interleaved(
-                {name: partial(call, variant, inputs) for name, variant in variants.items()},
+                {name: partial(call, variant, inputs) for name, variant in variants.items()} | machine,
                 parameter.device,
                 seconds=seconds,
                 least_rounds=least_rounds,
             )
-        best = min(timing.median for name, timing in timings.items() if name not in compressed)
-        for name, timing in timings.items():
+        best = min(timings[name].median for name in variants if name not in compressed)
+        for name in variants:
+            timing = timings[name]
             row = {"tokens": number, "variant": name, **_milliseconds(timing), "speedup": best / timing.median}
             if name in compressed:
                 row["faster_below"] = faster_below(compressed[name], top_k, row["speedup"])
-            if rates is not None:
+            if roofline:
+                rates = rates_of(timings)
+                row["rates"] = asdict(rates)
                 least = sum(layer_work(variants[name].copies[0], each.index).seconds(rates) for each in inputs)
                 # Backward multiplies twice what forward does; reads the weights again and writes as many gradients.
                 row["roofline_ms"] = 1e3 * least / len(inputs) * (3 if training else 1)

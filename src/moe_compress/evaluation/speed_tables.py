@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ def layer_grid(layer: Mapping[str, Any], found: Mapping[str, Any]) -> Grid:
     caption = (
         "ms per layer, median (quartiles); speed against the fastest original; share of what the roofline allows; "
         f"{'MB kept for the backward pass / most allocated, gradients included; ' * training}{conditions(found)}"
+        f"{_rates_words(rows)}"
     )
     tokens = list(dict.fromkeys(row["tokens"] for row in rows))
     grid = Grid(title, caption, [_tokens(number) for number in tokens])
@@ -123,20 +124,29 @@ def model_grid(speed: Mapping[str, Any], found: Mapping[str, Any], title: str = 
 
 
 def conditions(found: Mapping[str, Any]) -> str:
-    """Type, machine, threads, versions and measured rates, in a line."""
+    """Type, machine, threads and versions, in a line."""
     machine = found["machine"]
     where = machine["cpu"] if found["device"] == "cpu" else f"{found['device']} ({', '.join(machine['gpus'])})"
     threads = f"{machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
     text = f"{found['dtype']}, {where}, {threads}, torch {machine['versions'].get('torch')}"
     if found["device"] == "cpu" and found.get("cpu_kernel") is False:
         text += ", without the CPU kernel"
-    if "rates" in found:
-        rates = found["rates"]
-        text += (
-            f", copies {rates['bytes_per_second'] / 1e9:.0f} GB/s, multiplies {rates['flops_per_second'] / 1e9:,.0f} "
-            "GFLOP/s"
-        )
     return text
+
+
+def _rates_words(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rates that the machine had in the columns of a table."""
+    words = ""
+    for name, verb, unit in (("bytes_per_second", "copies", "GB/s"), ("flops_per_second", "multiplies", "GFLOP/s")):
+        found = [f"{row['rates'][name] / 1e9:,.0f}" for row in rows if "rates" in row]
+        if found:
+            lowest, highest = min(found, key=_number), max(found, key=_number)
+            words += f", {verb} {lowest if lowest == highest else f'{lowest} to {highest}'} {unit}"
+    return words
+
+
+def _number(digits: str) -> int:
+    return int(digits.replace(",", ""))
 
 
 def write_speed(directory: Path, found: Mapping[str, Any], grids: list[Grid]) -> None:
