@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 from transformers.integrations import moe
@@ -127,7 +128,8 @@ def forward(
     if down.core is not None:
         assert gated is not None
         own = weights.masked_fill(index >= experts, 0.0).to(stored)
-        out += linear(torch.bmm(own.unsqueeze(1), gated.view(number, top_k, -1)).squeeze(1), down.core)
+        bags = torch.arange(rows).view(number, top_k)
+        out += linear(F.embedding_bag(bags, gated, mode="sum", per_sample_weights=own), down.core)
     return out
 
 
