@@ -38,8 +38,8 @@ namespace {
 constexpr int64_t kRows = 128;         // of an expert at a time
 constexpr int64_t kPanel = 1 << 16;    // values of a matrix with a long inner dimension at a time
 constexpr int64_t kShallowest = 64;    // and at least so many of its rows
-constexpr int64_t kColumns = 128;      // of the up projection at a time
-constexpr int64_t kSumColumns = 256;   // of the output at a time
+constexpr int64_t kColumns = 256;      // of a matrix with a long outer dimension at a time
+static_assert(kPanel >= kBlockDepth * kBlockColumns);
 constexpr int64_t kSums = 512 * 256;   // values of the output that a thread adds up at a time
 
 // SiLU(gate) * up, with e^-gate as 2^t by a polynomial (Remez, 2e-7), which compilers vectorize.
@@ -269,7 +269,7 @@ template <class S, class T> void sum_out(const Call& call) {
     if (call.ends[e] > begin_of(call, e)) used.push_back(e);
   // Few rows take a matrix as it lies in memory.
   const bool few = call.tokens * call.top_k <= kFewRows * int64_t(used.size());
-  int64_t columns = few ? hidden : std::min(kSumColumns, hidden);
+  int64_t columns = few ? hidden : std::min(kColumns, hidden);
   while (columns > 64 && (hidden + columns - 1) / columns < call.threads) columns = (columns + 1) / 2;
   const int64_t wide = (hidden + columns - 1) / columns;
   int64_t deep = std::max((call.threads + wide - 1) / wide, (call.tokens * columns + kSums - 1) / kSums);

@@ -16,10 +16,9 @@ template <class T> constexpr bool kTiled = false;
 #endif
 
 constexpr int kTileRows = 6, kTileColumns = 64;  // 24 registers of sums
-// Of a matrix at a time, which is copied; a tile's columns of it stay in the first cache.
-constexpr int64_t kBlockBytes = 3 << 13;
-constexpr int64_t kBlockColumns = 2 * kTileColumns;
-template <class T> constexpr int64_t kBlockDepth = kBlockBytes / int64_t(sizeof(T)) / kBlockColumns;
+// Of a matrix at a time, which is copied; a tile's columns of it stay in the first cache. Few rows and many columns, for
+// where rows are a multiple of 4 KB apart, caches hold few of them.
+constexpr int64_t kBlockDepth = 64, kBlockColumns = 4 * kTileColumns;
 
 #ifdef __AVX512F__
 
@@ -82,17 +81,17 @@ template <class T> Tile<T> tile_of(int64_t rows, int vectors) {
   }
 }
 
-// out(m) [width] (+)= left [rows, depth] right [depth, width] for each row m; `space` has room for kBlockBytes. Meanwhile
+// out(m) [width] (+)= left [rows, depth] right [depth, width] for each row m; `space` has room for a block. Meanwhile
 // the first values of `next` are brought into the cache.
 template <class S, class T, class Rows>
 void multiply_tiles(int64_t rows, const T* left, int64_t left_stride, const Part<S>& right, T* space, Rows out, bool add,
                     const Part<S>& next) {
   const int64_t width = right.width, parts = (rows + kTileRows - 1) / kTileRows;
   const auto block_of = [](const Part<S>& matrix, int64_t k, int64_t j) {
-    return matrix.block(k, kBlockDepth<T>, j, kBlockColumns);
+    return matrix.block(k, kBlockDepth, j, kBlockColumns);
   };
   for (int64_t j = 0; j < width; j += kBlockColumns)
-    for (int64_t k = 0; k < right.depth; k += kBlockDepth<T>) {
+    for (int64_t k = 0; k < right.depth; k += kBlockDepth) {
       const Part<S> block = block_of(right, k, j);
       const Part<S> after = k + block.depth < right.depth ? block_of(right, k + block.depth, j)
                             : j + block.width < width     ? block_of(right, 0, j + block.width)
