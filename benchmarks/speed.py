@@ -220,7 +220,8 @@ def bar_grids(results: list[dict[str, Any]]) -> list[Grid]:
         ["fastest original, ms", *columns],
     )
     for result in results:
-        if not result["part"] == result["shape"] == "olmoe":
+        barred = {variant_at(form, ratio) for form in FORMS for ratio in BARS}
+        if not result["part"] == result["shape"] == "olmoe" or barred.isdisjoint(result["kept"]):
             continue
         rows = {(row["tokens"], row["variant"]): row for row in result["rows"]}
         for tokens in BAR_TOKENS:

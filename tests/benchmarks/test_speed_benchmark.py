@@ -114,3 +114,10 @@ def test_tables_of_earlier_runs_go_into_a_document(run: Any, tmp_path: Path) -> 
     document.write_text("no place")
     with pytest.raises(SystemExit, match="has no place"):
         run("--tables", str(tmp_path / "a.json"), "--docs", str(document))
+
+
+def test_a_run_without_a_share_that_has_a_bar_is_not_held_against_them() -> None:
+    results = [layer_result({"original, eager": 8.0, f"shared core at {ratio}": 2.0}) for ratio in (0.5, 0.25)]
+    assert speed.bar_grids(results[:1]) == []
+    (grid,) = speed.bar_grids(results)
+    assert len(grid.rows) == len(speed.BAR_TOKENS) * len(speed.FORMS)
