@@ -1,8 +1,8 @@
 """The forward pass of a compressed layer on a CPU in C++, without gradient: what `SharedCoreExperts` does, faster.
 
-Each thread takes some rows of one expert through all products, so that what lies between them stays in its cache; the
-products are oneDNN's (see `experts.cpp`). PyTorch's operations are the reference, and take over where this does not:
-with gradients, in compiled graphs, for several cores or biases, on other systems, and where there is no compiler.
+Each thread takes some rows of one expert through all products, so that what lies between them stays in its cache
+(see `experts.cpp`). PyTorch's operations are the reference, and take over where this does not: with gradients, in
+compiled graphs, for several cores or biases, on other systems, and where there is no compiler.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _POINTERS = ("order", "ends", "weights", "seen", "base", "up_in", "up_out", "dow
 
 
 class _Call(ctypes.Structure):
-    """The same as in `experts.cpp`."""
+    """The same as in `call.h`."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in (*_SIZES, "threads")),

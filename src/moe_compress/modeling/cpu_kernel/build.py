@@ -19,7 +19,6 @@ import torch
 
 from moe_compress.files import file_in_progress, user_cache
 
-_SOURCES = ("experts.cpp", "products.h", "tiles.h", "matrix.h")
 # OpenMP without its library: torch's own, which libtorch_cpu.so brings, so that both have the same threads.
 _COMPILE: tuple[str, ...] = (
     "-c", "-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-fno-trapping-math", "-fno-math-errno",
@@ -67,7 +66,7 @@ def _compiled(compiler: list[str]) -> Path:
     """The library, compiled if it is not in the cache; named by all that it depends on."""
     here, libraries = Path(__file__).parent, Path(torch.__file__).parent / "lib"
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    parts = [(here / name).read_text() for name in _SOURCES]
+    parts = [file.read_text() for pattern in ("*.cpp", "*.h") for file in sorted(here.glob(pattern))]
     parts += [version, torch.__version__, str(sorted(torch.cpu.get_capabilities().items()))]
     parts += [*compiler, *_COMPILE, *_LINK]
     directory = user_cache() / "cpu_kernel"
