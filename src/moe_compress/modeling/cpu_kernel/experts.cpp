@@ -88,8 +88,10 @@ template <class S, class T> void sum_out(const Call& call) {
               continue;
             }
           multiply(count, values, stride, part, space, row, products, false, next);
-          for (int64_t m = 0; m < count; ++m)
+          for (int64_t m = 0; m < count; ++m) {
+            if (!kTiled<T>) next.share(m, m + 1, count).prefetch();
             for (int64_t i = 0; i < n; ++i) sum_of[m][i] += products[m * n + i];
+          }
         }
       }
       for (int64_t t = begin; t < end; ++t)

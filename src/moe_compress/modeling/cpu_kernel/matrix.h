@@ -117,6 +117,10 @@ template <class S, class T> void copy(const Part<S>& matrix, T* to, int64_t to_w
       const auto* first = reinterpret_cast<const uint16_t*>(matrix.from + k * matrix.stride);
       const auto* second = first + matrix.stride;
       auto* pairs = reinterpret_cast<uint32_t*>(to) + k / 2 * to_width;
+      for (int64_t n = 0; n < width; n += 32) {
+        __builtin_prefetch(first + 8 * matrix.stride + n);
+        __builtin_prefetch(second + 8 * matrix.stride + n);
+      }
       if (k + 1 < matrix.depth)
         for (int64_t n = 0; n < width; ++n) pairs[n] = uint32_t(first[n]) | uint32_t(second[n]) << 16;
       else

@@ -20,7 +20,7 @@ constexpr int64_t kFewRows = 2;   // up to so many are multiplied without a copy
 constexpr int64_t kFewDepth = 4;  // rows of a matrix that `multiply_few` adds at a time
 
 // out [rows, width] (+)= left [rows, depth] right [depth, width], for a multiple of kMultiple rows; `space` holds a copy
-// of the right side, where it takes one. `next` is the matrix whose turn it is after this.
+// of the right side, where it takes one. `next` is the matrix whose turn it is after this; tiles read it ahead.
 template <class S, class T>
 void multiply_many(int64_t rows, const T* left, int64_t left_stride, const Part<S>& right, T* space, float* out,
                    bool add, const Part<S>& next) {
@@ -40,7 +40,6 @@ void multiply_many(int64_t rows, const T* left, int64_t left_stride, const Part<
     // In 64, 16 and 4 rows: oneDNN compiles a kernel for every number of them (and every other size), in each thread.
     for (int64_t m = 0, some = 64; m < rows; m += some) {
       while (some > rows - m) some /= 4;
-      next.share(m, m + some, rows).prefetch();
       at::native::cpublas::brgemm(some, width, depth, left_stride, stride, width, add, left + m * left_stride, matrix,
                                   out + m * width, kShort<T>);
     }
