@@ -134,6 +134,29 @@ def test_sizes_beyond_every_block(dtype: torch.dtype, threads: int) -> None:
     assert_kernel_is_exact(module, replacement, (hidden, index, weights), dtype)
 
 
+@pytest.fixture
+def products_of_onednn(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernel as it is on CPUs without AVX-512."""
+    kernel = (cpu_kernel.library, cpu_kernel.multiplied_type)
+    monkeypatch.setenv("CXX", f"{os.environ.get('CXX') or 'g++'} -DWITHOUT_TILES")
+    for cached in kernel:
+        cached.cache_clear()
+    yield
+    for cached in kernel:
+        cached.cache_clear()
+
+
+@needs_kernel
+@pytest.mark.usefixtures("products_of_onednn")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("tokens", [1, 9, 150, 700])
+@pytest.mark.parametrize(("cores", "basis"), [(0, 0), (1, 17)])
+def test_products_of_onednn(cores: int, basis: int, tokens: int, dtype: torch.dtype, calls: list[bool]) -> None:
+    module, replacement = layer(cores, 7, basis)
+    assert_kernel_is_exact(module, replacement, routed(tokens, 2, 40), dtype)
+    assert calls == [True]
+
+
 @needs_kernel
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_a_token_may_have_an_expert_twice(dtype: torch.dtype) -> None:

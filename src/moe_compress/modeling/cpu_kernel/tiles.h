@@ -6,8 +6,10 @@
 
 namespace {
 
-// Whether T is multiplied so; else by oneDNN, which has AMX and what CPUs without AVX-512 can do.
-#if defined(__AVX512F__) && defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+// Whether T is multiplied so; else by oneDNN, which has AMX and what CPUs without AVX-512 can do. Tests leave it out.
+#if defined(WITHOUT_TILES)
+template <class T> constexpr bool kTiled = false;
+#elif defined(__AVX512F__) && defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 template <class T> constexpr bool kTiled = !std::is_same_v<T, Half>;
 #elif defined(__AVX512F__)
 template <class T> constexpr bool kTiled = std::is_same_v<T, float>;
