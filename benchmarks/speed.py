@@ -26,7 +26,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, OlmoeConfig
 
-from moe_compress.allocator import keep_freed_memory
+from moe_compress.allocator import give_back_freed_memory, keep_freed_memory
 from moe_compress.errors import UserError
 from moe_compress.evaluation.bench import describe_conditions, meta_model, time_layer
 from moe_compress.evaluation.layer_forms import FORMS, random_student, same_ratio_layouts
@@ -121,6 +121,7 @@ def _run(name: str, part: Part, options: argparse.Namespace, found: dict[str, An
             if options.output:  # after each, so that an interrupted run leaves what it has
                 write_speed(options.output, found, all_grids(found["results"]))
             gc.collect()
+            give_back_freed_memory()
 
 
 def layer(

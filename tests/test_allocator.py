@@ -49,3 +49,23 @@ def test_a_system_without_it_is_left_alone(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: object())
     assert not allocator.keep_freed_memory()
+    allocator.give_back_freed_memory()  # does nothing
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc")
+def test_freed_memory_between_other_is_given_back():
+    program = """
+import resource
+from moe_compress.allocator import give_back_freed_memory
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+
+buffers = [bytearray(2**16) for _ in range(2048)]  # on the heap
+del buffers[:-1]  # the last one keeps glibc from giving back the rest
+before = resident()
+give_back_freed_memory()
+print(before - resident())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 2**26

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 
@@ -27,3 +28,9 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):  # no such function; no way to look for it, as on Windows
         return False
     return bool(mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT)) and bool(mallopt(_TRIM_THRESHOLD, _MOST_KEPT))
+
+
+def give_back_freed_memory() -> None:
+    """Give buffers that were freed back to the system, also those that lie between others; with glibc only."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)

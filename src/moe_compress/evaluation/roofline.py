@@ -47,7 +47,12 @@ def rate_calls(dtype: torch.dtype, device: torch.device) -> dict[str, Callable[[
     source = torch.zeros(_COPIED_BYTES, dtype=torch.uint8, device=device)
     target = torch.ones_like(source)
     matrix = torch.randn(_GEMM_SIZE, _GEMM_SIZE, device=device).to(dtype)
-    return {_COPY: lambda _: target.copy_(source), _GEMM: lambda _: linear(matrix, matrix)}
+
+    @torch.inference_mode()  # where gradients are on, `linear` is left to PyTorch, which may be slower
+    def gemm(_: int) -> Tensor:
+        return linear(matrix, matrix)
+
+    return {_COPY: lambda _: target.copy_(source), _GEMM: gemm}
 
 
 def rates_of(timings: Mapping[str, Timing]) -> Rates:
