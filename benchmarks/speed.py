@@ -220,8 +220,8 @@ def bar_grids(results: list[dict[str, Any]]) -> list[Grid]:
         "speed against the fastest original; with many tokens also how many times the roofline's time it takes",
         ["fastest original, ms", *columns],
     )
+    barred = {variant_at(form, ratio) for form in FORMS for ratio in BARS}
     for result in results:
-        barred = {variant_at(form, ratio) for form in FORMS for ratio in BARS}
         if not result["part"] == result["shape"] == "olmoe" or barred.isdisjoint(result["kept"]):
             continue
         rows = {(row["tokens"], row["variant"]): row for row in result["rows"]}

@@ -9,6 +9,7 @@ import pytest
 
 from moe_compress import allocator
 
+needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc")
 PROGRAM = """
 import resource
 from moe_compress.allocator import keep_freed_memory
@@ -34,7 +35,7 @@ def _run(**settings: str) -> list[int]:
     return [int(word) for word in done.stdout.split()]
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc")
+@needs_glibc
 def test_freed_buffers_are_kept_unless_the_environment_says_otherwise():
     default, kept, after = _run()
     if not kept and tuple(map(int, platform.libc_ver()[1].split("."))) < (2, 36):
@@ -52,7 +53,7 @@ def test_a_system_without_it_is_left_alone(monkeypatch):
     allocator.give_back_freed_memory()  # does nothing
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc")
+@needs_glibc
 def test_freed_memory_between_other_is_given_back():
     program = """
 import resource

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
+from collections.abc import Callable
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt(3)
 _LARGEST_KEPT, _MOST_KEPT = 2**28, 2**30  # room for activations; larger are the weights that a fit works on
@@ -23,14 +23,25 @@ def keep_freed_memory() -> bool:
     """
     if any(name in os.environ for name in _OF_THE_USER):
         return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # no such function; no way to look for it, as on Windows
-        return False
-    return bool(mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT)) and bool(mallopt(_TRIM_THRESHOLD, _MOST_KEPT))
+    mallopt = _of_the_system("mallopt")
+    return (
+        mallopt is not None
+        and bool(mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT))
+        and bool(mallopt(_TRIM_THRESHOLD, _MOST_KEPT))
+    )
 
 
 def give_back_freed_memory() -> None:
     """Give buffers that were freed back to the system, also those that lie between others; with glibc only."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    malloc_trim = _of_the_system("malloc_trim")
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
+def _of_the_system(name: str) -> Callable[..., int] | None:
+    """A function of the C library."""
+    try:
+        found: Callable[..., int] = getattr(ctypes.CDLL(None), name)
+    except (AttributeError, OSError, TypeError):  # no such function; no way to look for it, as on Windows
+        return None
+    return found

@@ -135,15 +135,20 @@ def test_sizes_beyond_every_block(dtype: torch.dtype, threads: int) -> None:
 
 
 @pytest.fixture
-def products_of_onednn(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The kernel as it is on CPUs without AVX-512."""
-    kernel = (cpu_kernel.library, cpu_kernel.multiplied_type)
-    monkeypatch.setenv("CXX", f"{os.environ.get('CXX') or 'g++'} -DWITHOUT_TILES")
+def forgotten() -> Iterator[None]:
+    """What the process knows of the kernel, before the test and after it."""
+    kernel = (build.library, cpu_kernel.multiplied_type)
     for cached in kernel:
         cached.cache_clear()
     yield
     for cached in kernel:
         cached.cache_clear()
+
+
+@pytest.fixture
+def products_of_onednn(forgotten: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel as it is on CPUs without AVX-512."""
+    monkeypatch.setenv("CXX", f"{os.environ.get('CXX') or 'g++'} -DWITHOUT_TILES")
 
 
 @needs_kernel
@@ -286,18 +291,13 @@ def test_a_wrapper_is_folded(kind: str) -> None:
 
 
 @pytest.fixture
-def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def fresh(forgotten: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, and a process that has not asked for the kernel yet."""
     if not build._written_for_this():
         pytest.skip("another system or CPU")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("MOE_COMPRESS_CPU_KERNEL", raising=False)
-    for cached in (build.library, cpu_kernel.multiplied_type):
-        cached.cache_clear()
-    yield tmp_path / "moe-compress" / "cpu_kernel"
-    monkeypatch.undo()
-    for cached in (build.library, cpu_kernel.multiplied_type):
-        cached.cache_clear()
+    return tmp_path / "moe-compress" / "cpu_kernel"
 
 
 def test_where_there_is_a_compiler_there_is_a_kernel(fresh: Path) -> None:

@@ -149,14 +149,14 @@ def layer_speed(
                 seconds=seconds,
                 least_rounds=least_rounds,
             )
+        rates = rates_of(timings) if roofline else None
         best = min(timings[name].median for name in variants if name not in compressed)
         for name in variants:
             timing = timings[name]
             row = {"tokens": number, "variant": name, **_milliseconds(timing), "speedup": best / timing.median}
             if name in compressed:
                 row["faster_below"] = faster_below(compressed[name], top_k, row["speedup"])
-            if roofline:
-                rates = rates_of(timings)
+            if rates is not None:
                 row["rates"] = asdict(rates)
                 least = sum(layer_work(variants[name].copies[0], each.index).seconds(rates) for each in inputs)
                 # Backward multiplies twice what forward does; reads the weights again and writes as many gradients.

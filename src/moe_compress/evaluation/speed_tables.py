@@ -138,15 +138,11 @@ def _rates_words(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rates that the machine had in the columns of a table."""
     words = ""
     for name, verb, unit in (("bytes_per_second", "copies", "GB/s"), ("flops_per_second", "multiplies", "GFLOP/s")):
-        found = [f"{row['rates'][name] / 1e9:,.0f}" for row in rows if "rates" in row]
+        found = [round(row["rates"][name] / 1e9) for row in rows if "rates" in row]
         if found:
-            lowest, highest = min(found, key=_number), max(found, key=_number)
-            words += f", {verb} {lowest if lowest == highest else f'{lowest} to {highest}'} {unit}"
+            lowest, highest = min(found), max(found)
+            words += f", {verb} {f'{lowest:,} to ' if lowest < highest else ''}{highest:,} {unit}"
     return words
-
-
-def _number(digits: str) -> int:
-    return int(digits.replace(",", ""))
 
 
 def write_speed(directory: Path, found: Mapping[str, Any], grids: list[Grid]) -> None:

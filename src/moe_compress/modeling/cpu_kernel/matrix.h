@@ -86,10 +86,6 @@ template <class S> struct Part {
   const S* from;
   int64_t stride, depth, width;
 
-  bool operator==(const Part& other) const {
-    return from == other.from && stride == other.stride && depth == other.depth && width == other.width;
-  }
-
   // At most `deep` rows from `row` on, of at most `wide` columns from `column` on.
   Part block(int64_t row, int64_t deep, int64_t column, int64_t wide) const {
     return {from + row * stride + column, stride, std::min(deep, depth - row), std::min(wide, width - column)};

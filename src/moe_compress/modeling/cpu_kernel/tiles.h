@@ -100,7 +100,7 @@ void multiply_tiles(int64_t rows, const T* left, int64_t left_stride, const Part
                                                           : block_of(next, 0, 0);
       const int64_t steps = parts * ((block.width + kTileColumns - 1) / kTileColumns);
       // All of it before the products: in between, in small pieces, took longer.
-      const int64_t copied = round_up(block.depth, kUnit<T>);
+      const int64_t copied = stride_of<T>(block.depth);
       for (int64_t c = 0; c < block.width; c += kTileColumns) {
         const Part<S> columns = block.block(0, block.depth, c, kTileColumns);
         copy(columns, space + copied * c, 16 * vectors_of(columns));

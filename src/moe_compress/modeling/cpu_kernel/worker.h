@@ -95,7 +95,7 @@ template <class S, class T> class Worker {
       const int64_t left = std::min(columns, intermediate - j - n);
       const Part<S> ahead[] = {down, up_part(item.expert, j + n, left), up_part(item.expert, intermediate + j + n, left)};
       for (int64_t m = 0; m < rows_; ++m) {
-        if (!kTiled<T> && !few())
+        if (!kTiled<T> && !few())  // tiles read ahead themselves
           for (const auto& part : ahead) part.share(m, m + 1, rows_).prefetch();
         float* row = gate_ + m * n;
         for (int64_t i = 0; i < n; ++i) row[i] = silu_times(row[i], up_[m * n + i]);
