@@ -134,6 +134,16 @@ def test_sizes_beyond_every_block(dtype: torch.dtype, threads: int) -> None:
     assert_kernel_is_exact(module, replacement, (hidden, index, weights), dtype)
 
 
+@needs_kernel
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("tokens", [1, 2, 5, 8, 24])  # up to 16 rows of an expert, on average
+def test_few_rows_of_wide_matrices(tokens: int, dtype: torch.dtype) -> None:
+    """More columns than some rows take at a time, whole lines or not."""
+    module, replacement = layer(0, 29, 75, hidden=1301, intermediate=1107, experts=3)
+    hidden, index, weights = routed(tokens, 2, 1301, experts=3)
+    assert_kernel_is_exact(module, replacement, (hidden, index, weights), dtype)
+
+
 @pytest.fixture
 def forgotten() -> Iterator[None]:
     """What the process knows of the kernel, before the test and after it."""
@@ -251,9 +261,13 @@ def test_any_strides(calls: list[bool]) -> None:
 
 
 @needs_kernel
-def test_the_sum_does_not_depend_on_the_threads() -> None:
-    _, replacement = layer(0, 6)
-    inputs = routed(200, 2, 40)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("tokens", [20, 200])
+def test_the_sum_does_not_depend_on_the_threads(tokens: int, dtype: torch.dtype) -> None:
+    _, replacement = layer(0, 13)
+    replacement.to(dtype)
+    hidden, index, weights = routed(tokens, 2, 40)
+    inputs = hidden.to(dtype), index, weights.to(dtype)
     before, found = torch.get_num_threads(), []
     with torch.no_grad():
         for threads in (1, 2, 5):

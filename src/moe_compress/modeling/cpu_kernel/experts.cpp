@@ -42,9 +42,8 @@ template <class S, class T> void sum_out(const Call& call) {
   std::vector<int64_t> used;
   for (int64_t e = 0; e < call.experts; ++e)
     if (call.ends[e] > begin_of(call, e)) used.push_back(e);
-  // Few rows take a matrix as it lies in memory.
-  const bool few = call.tokens * call.top_k <= kFewRows * int64_t(used.size());
-  int64_t columns = few ? hidden : std::min(kColumns, hidden);
+  const int64_t rows = call.tokens * call.top_k / std::max(int64_t(used.size()), int64_t(1));  // of an expert
+  int64_t columns = rows <= kFewRows ? few_columns(rows, hidden) : std::min(kColumns, hidden);
   while (columns > 64 && (hidden + columns - 1) / columns < call.threads) columns = (columns + 1) / 2;
   const int64_t wide = (hidden + columns - 1) / columns;
   int64_t deep = std::max((call.threads + wide - 1) / wide, (call.tokens * columns + kSums - 1) / kSums);
@@ -52,12 +51,11 @@ template <class S, class T> void sum_out(const Call& call) {
   const int64_t most = (call.tokens + deep - 1) / deep;
 #pragma omp parallel num_threads(call.threads)
   {
-    const int64_t copied = std::max(kPanel, stride * columns);
-    Scratch scratch(sizeof(T) * copied + sizeof(float) * (kRows + most + kFewDepth) * columns + kAligning);
+    const int64_t copied = kTiled<T> ? kPanel : std::max(kPanel, stride * columns);
+    Scratch scratch(sizeof(T) * copied + sizeof(float) * (kRows + most) * columns + kAligning);
     T* space = scratch.take<T>(copied);
     float* products = scratch.take<float>(kRows * columns);
     float* sums = scratch.take<float>(most * columns);
-    float* row = scratch.take<float>(kFewDepth * columns);
     float* sum_of[kRows];
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < wide * deep; ++task) {
@@ -83,11 +81,13 @@ template <class S, class T> void sum_out(const Call& call) {
             distinct &= m == 0 || sum_of[m] != sum_of[m - 1];
           }
           if constexpr (kTiled<T>)
-            if (distinct && count > kFewRows) {
-              multiply_tiles(count, values, stride, part, space, [&](int64_t m) { return sum_of[m]; }, true, next);
+            if (distinct) {
+              const auto out = [&](int64_t m) { return sum_of[m]; };
+              if (count > kFewRows) multiply_tiles(count, values, stride, part, space, out, true, next);
+              else multiply_few(count, values, stride, part, out, next);
               continue;
             }
-          multiply(count, values, stride, part, space, row, products, false, next);
+          multiply(count, values, stride, part, space, products, false, next);
           for (int64_t m = 0; m < count; ++m) {
             if (!kTiled<T>) next.share(m, m + 1, count).prefetch();
             for (int64_t i = 0; i < n; ++i) sum_of[m][i] += products[m * n + i];

@@ -46,12 +46,13 @@ template <class S, class T> class Worker {
   Worker(const Call& call, int64_t width, int64_t rank)
       : call_(call), rank_stride_(stride_of<T>(call.up_rank)) {
     const int64_t longest = std::max(call.up_width, call.intermediate), columns = std::min(kColumns, longest);
-    const int64_t wide = std::max(kRows * columns, kFewRows * longest);  // [rows, columns] of few rows, or of some columns
+    // [rows, columns] of some columns; where rows are few, of more or of all, rounded up to whole lines.
+    const int64_t wide = std::max(kRows * columns, std::min(kFewSums + 64 * kFewRows, kFewRows * longest));
     const int64_t gathered = kRows * stride_of<T>(width), gated = wide + kRows;
     const int64_t ranks = std::max({rank, call.up_rank, call.down_rank});
     const int64_t space = std::max({kPanel, std::max(kShallowest, stride_of<T>(columns)) * ranks, rank_stride_ * columns});
     Scratch scratch(sizeof(T) * (gathered + kRows * rank_stride_ + gated + space) +
-                    sizeof(float) * (2 * kRows * ranks + 2 * wide + kFewDepth * (ranks + longest)) + kAligning);
+                    sizeof(float) * (2 * kRows * ranks + 2 * wide) + kAligning);
     gathered_ = scratch.take<T>(gathered);
     inner_ = scratch.take<T>(kRows * rank_stride_);
     gated_ = scratch.take<T>(gated);
@@ -60,7 +61,6 @@ template <class S, class T> class Worker {
     sums_ = scratch.take<float>(kRows * ranks);
     up_ = scratch.take<float>(wide);
     gate_ = scratch.take<float>(wide);
-    row_ = scratch.take<float>(kFewDepth * (ranks + longest));
   }
 
   // From what the up projection reads to the rows before the gate, or to the values of the down projection. `next` is
@@ -70,8 +70,7 @@ template <class S, class T> class Worker {
     const int64_t* order = begin(item);
     const auto* seen = static_cast<const S*>(call_.seen);
     gather(item, call_.seen_width, [&](int64_t row) { return seen + row / call_.top_k * call_.seen_width; });
-    // Few rows take a matrix as it lies in memory.
-    const int64_t columns = few() ? std::max(width, intermediate) : kColumns;
+    const int64_t columns = few() ? few_columns(rows_, std::max(width, intermediate)) : kColumns;
     const Part<S> next_in = in_part(next);
     long_product(in_part(item.expert), inner_sums_, up_part(item.expert, 0, columns));
     for (int64_t m = 0; m < rows_; ++m) convert_row(inner_sums_ + m * rank, inner_ + m * rank_stride_, rank);
@@ -142,7 +141,7 @@ template <class S, class T> class Worker {
   }
 
   void product(const T* left, int64_t left_stride, const Part<S>& right, float* out, bool add, const Part<S>& next) {
-    multiply(rows_, left, left_stride, right, space_, row_, out, add, next);
+    multiply(rows_, left, left_stride, right, space_, out, add, next);
   }
 
   // What was gathered times a matrix with a long inner dimension.
@@ -178,7 +177,7 @@ template <class S, class T> class Worker {
   const int64_t rank_stride_;
   int64_t rows_ = 0;  // of the item, and those that fill up
   T *gathered_, *inner_, *gated_, *space_;
-  float *inner_sums_, *sums_, *up_, *gate_, *row_;
+  float *inner_sums_, *sums_, *up_, *gate_;
 };
 
 }  // namespace
