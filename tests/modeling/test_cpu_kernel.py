@@ -136,7 +136,7 @@ def test_sizes_beyond_every_block(dtype: torch.dtype, threads: int) -> None:
 
 @needs_kernel
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("tokens", [1, 2, 5, 8, 24])  # up to 16 rows of an expert, on average
+@pytest.mark.parametrize("tokens", [1, 2, 5, 16, 24])  # below and above 12 rows of an expert
 def test_few_rows_of_wide_matrices(tokens: int, dtype: torch.dtype) -> None:
     """More columns than some rows take at a time, whole lines or not."""
     module, replacement = layer(0, 29, 75, hidden=1301, intermediate=1107, experts=3)

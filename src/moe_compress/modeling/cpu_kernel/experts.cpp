@@ -3,7 +3,8 @@
 // A thread takes some rows of one expert through all products up to the inner values of the down projection, so that
 // what lies between them stays in its cache. Products are ours where AVX-512 does them (tiles.h), else oneDNN's, by the
 // interface to its small GEMMs that PyTorch has for kernels of its own (brgemm); both sum in fp32. Of a matrix a copy is
-// made on the way, in the order that the instructions want. Each product has the matrix after it read ahead.
+// made on the way, in the order that the instructions want, unless rows are few (few.h). Each product has the matrix
+// after it read ahead.
 //
 // A row is one (token, chosen expert) pair, numbered token * top_k + choice.
 

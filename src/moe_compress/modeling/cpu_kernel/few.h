@@ -7,7 +7,7 @@
 namespace {
 
 // Measured on OLMoE's layer, see docs/SPEED.md.
-constexpr int64_t kFewRows = 16;          // up to so many a copy of the matrix takes longer
+constexpr int64_t kFewRows = 12;          // up to so many a copy of the matrix takes longer
 constexpr int kFewDepth = 8;              // rows of the matrix at a time
 constexpr int64_t kFewAhead = 16 * 1024;  // bytes between what is multiplied and what is brought into the cache
 constexpr int64_t kFewSums = 16 * 1024;   // values that are added to at a time: they have to stay in the cache
@@ -22,7 +22,8 @@ template <class S> struct Rows {
   const S* from;
   int64_t stride;
 
-  void prefetch(int row, int64_t column) const { __builtin_prefetch(from + row * stride + column, 0, 3); }
+  // Into the second cache: where rows are a multiple of 4 KB apart, the first holds only eight lines of them.
+  void prefetch(int row, int64_t column) const { __builtin_prefetch(from + row * stride + column, 0, 2); }
 };
 
 template <int N, class S> void to_floats(const S* from, float* to) {

@@ -95,10 +95,10 @@ template <class S> struct Part {
     const int64_t first = depth * begin / whole;
     return {from + first * stride, stride, depth * end / whole - first, width};
   }
-  // Has it brought into the cache.
+  // Has it brought into the second cache: the first has room for what is multiplied meanwhile.
   void prefetch() const {
     for (int64_t k = 0; k < depth; ++k)
-      for (int64_t n = 0; n < width; n += 64 / sizeof(S)) __builtin_prefetch(from + k * stride + n, 0, 3);
+      for (int64_t n = 0; n < width; n += 64 / sizeof(S)) __builtin_prefetch(from + k * stride + n, 0, 2);
   }
 };
 
