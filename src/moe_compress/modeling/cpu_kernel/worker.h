@@ -14,6 +14,7 @@ namespace {
 constexpr int64_t kPanel = 1 << 16;    // values of a matrix with a long inner dimension at a time
 constexpr int64_t kShallowest = 64;    // and at least so many of its rows
 static_assert(kPanel >= kBlockDepth * kBlockColumns);
+static_assert(kRows * kColumns >= kFewSums + 64 * kFewRows);
 
 // SiLU(gate) * up, with e^-gate as 2^t by a polynomial (Remez, 2e-7), which compilers vectorize.
 inline float silu_times(float gate, float up) {
@@ -46,8 +47,7 @@ template <class S, class T> class Worker {
   Worker(const Call& call, int64_t width, int64_t rank)
       : call_(call), rank_stride_(stride_of<T>(call.up_rank)) {
     const int64_t longest = std::max(call.up_width, call.intermediate), columns = std::min(kColumns, longest);
-    // [rows, columns] of some columns; where rows are few, of more or of all, rounded up to whole lines.
-    const int64_t wide = std::max(kRows * columns, std::min(kFewSums + 64 * kFewRows, kFewRows * longest));
+    const int64_t wide = kRows * columns;  // few rows of more columns are no more
     const int64_t gathered = kRows * stride_of<T>(width), gated = wide + kRows;
     const int64_t ranks = std::max({rank, call.up_rank, call.down_rank});
     const int64_t space = std::max({kPanel, std::max(kShallowest, stride_of<T>(columns)) * ranks, rank_stride_ * columns});
