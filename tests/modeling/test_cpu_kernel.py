@@ -139,8 +139,8 @@ def test_sizes_beyond_every_block(dtype: torch.dtype, threads: int) -> None:
 @pytest.mark.parametrize("tokens", [1, 2, 5, 16, 24])  # below and above 12 rows of an expert
 def test_few_rows_of_wide_matrices(tokens: int, dtype: torch.dtype) -> None:
     """More columns than some rows take at a time, whole lines or not."""
-    module, replacement = layer(0, 29, 75, hidden=1301, intermediate=1107, experts=3)
-    hidden, index, weights = routed(tokens, 2, 1301, experts=3)
+    module, replacement = layer(0, 29, 75, hidden=1701, intermediate=1607, experts=3)
+    hidden, index, weights = routed(tokens, 2, 1701, experts=3)
     assert_kernel_is_exact(module, replacement, (hidden, index, weights), dtype)
 
 

@@ -56,8 +56,8 @@ int64_t add_columns(const float* factors, int64_t rows, Rows<S> matrix, Rows<S> 
   return n;
 }
 
-// out(m) [width] += left [rows, D] times D rows of a matrix, for each row m. Meanwhile D rows of `coming` are brought into the
-// cache, line by line: a thread that waits for what it reads gets half of the memory's rate.
+// out(m) [width] += left [rows, D] times D rows of a matrix, for each row m. Meanwhile D rows of `coming` are brought
+// into the cache, line by line: a thread that waits for what it reads gets half of the memory's rate.
 template <int D, class S, class T, class Out>
 void add_rows(const T* left, int64_t left_stride, int64_t rows, Rows<S> matrix, Rows<S> coming, int64_t width, Out out) {
   float factors[kFewRows * D];
@@ -91,7 +91,8 @@ void add_pairs(const BFloat16* left, int64_t left_stride, int64_t rows, Rows<BFl
     }
     for (int64_t m = 0; m < rows; ++m) {
       float* to = out(m) + n;
-      __m512 sums[2] = {_mm512_maskz_loadu_ps(__mmask16(mask), to), _mm512_maskz_loadu_ps(__mmask16(mask >> 16), to + 16)};
+      __m512 sums[2] = {_mm512_maskz_loadu_ps(__mmask16(mask), to),
+                        _mm512_maskz_loadu_ps(__mmask16(mask >> 16), to + 16)};
 #pragma GCC unroll 8
       for (int d = 0; d < D; d += 2) {
         int32_t both;
