@@ -1,6 +1,6 @@
 """Speed side by side: MoE layers of known models, and whole models, original against compressed; see docs/SPEED.md.
 
-    python benchmarks/speed.py --output speed                             # everything: about 9 minutes on 2 cores
+    python benchmarks/speed.py --output speed                             # everything: about 13 minutes on 2 cores
     python benchmarks/speed.py --parts olmoe --dtypes bfloat16 --tokens 1 16 --output speed     # or in pieces
     python benchmarks/speed.py --tables speed/speed.json --docs docs/SPEED.md   # the tables again, and into a document
 
@@ -268,7 +268,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=None)
     parser.add_argument("--layers", type=int, default=2, help="layers of the random whole model")
     parser.add_argument("--seconds", type=float, default=3.0, help="time to spend per table column, at least")
-    parser.add_argument("--rounds", type=int, default=None, help="samples per figure, at least")
+    parser.add_argument("--rounds", type=int, default=None, help="samples per figure, at least; else each part's own")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="directory for speed.json and speed.md")

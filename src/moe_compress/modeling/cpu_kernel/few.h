@@ -22,8 +22,7 @@ template <class S> struct Rows {
   const S* from;
   int64_t stride;
 
-  // Into the second cache: where rows are a multiple of 4 KB apart, the first holds only eight lines of them.
-  void prefetch(int row, int64_t column) const { __builtin_prefetch(from + row * stride + column, 0, 2); }
+  const S* at(int row, int64_t column) const { return from + row * stride + column; }
 };
 
 template <int N, class S> void to_floats(const S* from, float* to) {
@@ -40,8 +39,8 @@ int64_t add_columns(const float* factors, int64_t rows, Rows<S> matrix, Rows<S> 
     float values[D][N];
 #pragma GCC unroll 8
     for (int d = 0; d < D; ++d) {
-      coming.prefetch(d, n);
-      to_floats<N>(matrix.from + d * matrix.stride + n, values[d]);
+      read_ahead(coming.at(d, n));
+      to_floats<N>(matrix.at(d, n), values[d]);
     }
     for (int64_t m = 0; m < rows; ++m) {
       float* sums = out(m) + n;
@@ -79,8 +78,8 @@ void add_pairs(const BFloat16* left, int64_t left_stride, int64_t rows, Rows<BFl
   for (int64_t n = 0; n < width; n += 32) {
     const auto mask = __mmask32(width - n < 32 ? (1u << (width - n)) - 1 : ~0u);
     const auto values = [&](int d) {
-      coming.prefetch(d, n);
-      return _mm512_maskz_loadu_epi16(mask, matrix.from + d * matrix.stride + n);
+      read_ahead(coming.at(d, n));
+      return _mm512_maskz_loadu_epi16(mask, matrix.at(d, n));
     };
     __m512bh pairs[D / 2][2];
 #pragma GCC unroll 8

@@ -81,6 +81,10 @@ template <class S, class T> void convert_row(const S* from, T* to, int64_t width
   std::fill(to + width, to + stride_of<T>(width), T{});
 }
 
+// Has a line brought into the second cache: the first has room for what is multiplied meanwhile, and where rows are a
+// multiple of 4 KB apart it holds few lines of them.
+inline void read_ahead(const void* line) { __builtin_prefetch(line, 0, 2); }
+
 // A part [depth, width] of a stored matrix.
 template <class S> struct Part {
   const S* from;
@@ -95,10 +99,9 @@ template <class S> struct Part {
     const int64_t first = depth * begin / whole;
     return {from + first * stride, stride, depth * end / whole - first, width};
   }
-  // Has it brought into the second cache: the first has room for what is multiplied meanwhile.
   void prefetch() const {
     for (int64_t k = 0; k < depth; ++k)
-      for (int64_t n = 0; n < width; n += 64 / sizeof(S)) __builtin_prefetch(from + k * stride + n, 0, 2);
+      for (int64_t n = 0; n < width; n += 64 / sizeof(S)) read_ahead(from + k * stride + n);
   }
 };
 
