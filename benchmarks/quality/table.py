@@ -51,11 +51,13 @@ def spread(values: list[float], digits: int) -> str:
 def summary(grouped: dict[tuple[bool, float, str], list[Cell]]) -> list[str]:
     """Perplexity of every method at every ratio, zero-shot and distilled; the best of a column is bold.
 
-    Methods with most cells come first, of those the ones that are best on average.
+    Methods with most cells come first, of those the ones that are best on average. A mean of fewer seeds than others
+    says of how many; one without deviation is of one.
     """
     columns = sorted({key[:2] for key in grouped}, key=lambda key: (key[1], key[0]))
     figures = {key: [cell["test"]["perplexity"] for cell in found] for key, found in grouped.items()}
     means = {key: fmean(values) for key, values in figures.items()}
+    most = max((len(values) for values in figures.values()), default=0)
     best = {column: min(mean for key, mean in means.items() if key[:2] == column) for column in columns}
 
     def rank(name: str) -> tuple[int, float]:
@@ -67,7 +69,8 @@ def summary(grouped: dict[tuple[bool, float, str], list[Cell]]) -> list[str]:
     for name in sorted({key[2] for key in grouped}, key=rank):
         row = [name]
         for column in columns:
-            text = spread(figures.get((*column, name), []), 2)
+            values = figures.get((*column, name), [])
+            text = spread(values, 2) + (f" ({len(values)} seeds)" if 1 < len(values) < most else "")
             row.append(f"**{text}**" if means.get((*column, name)) == best[column] else text)
         lines.append("| " + " | ".join(row) + " |")
     return [*lines, ""]

@@ -161,7 +161,7 @@ def test_the_summary_marks_the_best_of_each_column():
     found = summary(
         {
             (False, 0.25, "first"): [cell(10.0), cell(12.0)],
-            (True, 0.25, "first"): [cell(9.0)],
+            (True, 0.25, "first"): [cell(9.0), cell(9.0), cell(9.0)],
             (False, 0.25, "second"): [cell(12.0)],
             (True, 0.25, "second"): [cell(8.0)],
             (False, 0.125, "third"): [cell(20.0)],
@@ -171,7 +171,7 @@ def test_the_summary_marks_the_best_of_each_column():
         "| perplexity | 12.5%, zero-shot | 25.0%, zero-shot | 25.0%, distilled |",
         "|---|---:|---:|---:|",
         "| second |  | 12.00 | **8.00** |",
-        "| first |  | **11.00 ± 1.41** | 9.00 |",
+        "| first |  | **11.00 ± 1.41 (2 seeds)** | 9.00 ± 0.00 |",
         "| third | **20.00** |  |  |",
         "",
     ]
