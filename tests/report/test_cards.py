@@ -63,7 +63,8 @@ def test_a_card_says_what_the_experts_became(cores, basis, calibrated, form):
     for layer in facts["layers"].values():
         up, down = ({**own, "cores": number} for own, number in zip(layer["projections"].values(), cores, strict=True))
         layer["projections"] = {"gate_up_proj": {**up, "basis": basis}, "down_proj": {**down, "basis": 0}}
-    assert form in model_card(facts, {}, title="x")
+    text = model_card(facts, {}, title="x")
+    assert form in text and ("shared-core" in ModelCard(text).data.tags) == (max(cores) > 0)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from moe_compress.files import file_in_progress
 
 CARD = "README.md"
-TAGS = ("moe-compress", "mixture-of-experts", "shared-core", "compressed")
+TAGS = ("moe-compress", "mixture-of-experts", "compressed")
 # What the card of the original says and stays true of the compressed model.
 _INHERITED = ("license", "license_name", "license_link", "language", "base_model", "pipeline_tag")
 
@@ -66,7 +66,7 @@ def model_card(
     data = ModelCardData(
         **kept,
         library_name="transformers",
-        tags=list(TAGS),
+        tags=[*TAGS, *(["shared-core"] if _cores(compression) != {0} else [])],
         model_name=title,
         eval_results=list(results) or None,
         ignore_metadata_errors=True,
@@ -117,7 +117,7 @@ def _what(compression: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
     original = metadata.get("base_model") or Path(str(compression["model"])).name
     layers = compression["layers"]
     projections = [own for layer in layers.values() for own in layer["projections"].values()]
-    cores = {own["cores"] for own in projections}
+    cores = _cores(compression)
     form = "low-rank factors of its own"
     if cores != {0}:
         sharing = "all experts" if max(cores) == 1 else "a group of experts"
@@ -130,6 +130,11 @@ def _what(compression: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
         f"layers each expert became {form}, fitted by {compression['method']} on {data}. All other weights are those "
         "of the original, unless a section on distillation below says otherwise."
     )
+
+
+def _cores(compression: Mapping[str, Any]) -> set[int]:
+    """The numbers of cores that occur among the projections."""
+    return {own["cores"] for layer in compression["layers"].values() for own in layer["projections"].values()}
 
 
 def _sizes(totals: Mapping[str, Any]) -> str:
