@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.cells import cell_fingerprint
-from benchmarks.quality.table import Cell, group, markdown, plot, summary, teacher_line
+from benchmarks.quality.table import Cell, group, markdown, plot, standing, summary, teacher_line
 from moe_compress.files import put_between, write_atomically
 
 PAGE = """# Quality at equal bytes: `{model}`
@@ -53,7 +53,8 @@ def write_documents(docs: Path, model: str, cells: list[Cell]) -> None:
     for weights, own in sorted(by_weights.items(), key=lambda item: (-len(item[1]), item[0])):
         picture = file.with_name(f"{model}-{weights[:8]}.png")
         plot(own, picture)
-        text += [f"Weights {weights[:8]}. {teacher_line(own)}".rstrip(), "", *summary(group(own))]
+        found = group(own)
+        text += [f"Weights {weights[:8]}. {teacher_line(own)}".rstrip(), "", *summary(found), *standing(found)]
         parts.append(PART.format(weights=weights[:8], plot=picture.name, tables=markdown(own)))
     put_between(docs / "QUALITY.md", begin, end, "\n".join(text))
     write_atomically(file.with_suffix(".md"), PAGE.format(model=model, parts="\n".join(parts)))

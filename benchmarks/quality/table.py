@@ -76,6 +76,35 @@ def summary(grouped: dict[tuple[bool, float, str], list[Cell]]) -> list[str]:
     return [*lines, ""]
 
 
+def standing(grouped: dict[tuple[bool, float, str], list[Cell]], name: str = "ours") -> list[str]:
+    """In how many columns a method is best by each measure, and what is better in the others; for a page, as a list."""
+    lines = []
+    columns = sorted((key[:2] for key in grouped if key[2] == name), key=lambda key: (key[1], key[0]))
+    for measure, label, sign, digits in _MEASURES if columns else ():
+        behind = []
+        for column in columns:
+            figures = {
+                key[2]: [cell["test"][measure] for cell in found] for key, found in grouped.items() if key[:2] == column
+            }
+            best = min(figures, key=lambda method: sign * fmean(figures[method]))
+            if fmean(figures[best]) != fmean(figures[name]):
+                own, better = (spread(figures[method], digits) for method in (name, best))
+                behind.append(
+                    f"{column[1]:.1%}, {'distilled' if column[0] else 'zero-shot'}: {best} {better}, not {own}"
+                )
+        text = f"* By {label} `{name}` is best in {len(columns) - len(behind)} of {len(columns)} columns"
+        lines.append("; ".join([text, *behind]) + ".")
+    return [*lines, ""] if lines else []
+
+
+# Key in a cell, name, whether less is better (1) or more (-1), digits.
+_MEASURES = (
+    ("perplexity", "perplexity", 1, 2),
+    ("kl", "KL to the teacher", 1, 4),
+    ("top1", "top-1 agreement", -1, 3),
+)
+
+
 def teacher_line(cells: list[Cell]) -> str:
     """What the original itself reaches; empty where that was not measured."""
     for teacher in (cell for cell in cells if cell["method"] == "teacher"):
@@ -89,7 +118,7 @@ def markdown(cells: list[Cell]) -> str:
     grouped = group(cells)
     lines = [teacher_line(cells), ""]
     if grouped:
-        lines += summary(grouped)
+        lines += summary(grouped) + standing(grouped)
     for distilled, ratio in sorted({key[:2] for key in grouped}, key=lambda key: (key[0], -key[1])):
         rows = {name: found for (d, r, name), found in grouped.items() if (d, r) == (distilled, ratio)}
         tasks = sorted({task for found in rows.values() for cell in found for task in cell.get("tasks", {})})

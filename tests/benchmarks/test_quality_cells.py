@@ -20,7 +20,7 @@ from benchmarks.quality.methods import METHODS, Method
 from benchmarks.quality.models import TestModel, pieces, upcycle
 from benchmarks.quality.product import product
 from benchmarks.quality.score import score, teacher_log_probs
-from benchmarks.quality.table import group, markdown, summary
+from benchmarks.quality.table import group, markdown, standing, summary
 from moe_compress.modeling import load_tokenizer
 
 PROTOCOL = Protocol(
@@ -175,6 +175,28 @@ def test_the_summary_marks_the_best_of_each_column():
         "| third | **20.00** |  |  |",
         "",
     ]
+
+
+def test_every_column_that_is_not_won_is_told_with_what_is_better():
+    def cell(perplexity: float, kl: float, top1: float) -> dict:
+        return {"test": {"perplexity": perplexity, "kl": kl, "top1": top1}}
+
+    found = standing(
+        {
+            (False, 0.25, "ours"): [cell(10.0, 0.1, 0.9), cell(12.0, 0.3, 0.9)],
+            (False, 0.25, "rival"): [cell(11.5, 0.1, 0.9)],
+            (True, 0.25, "ours"): [cell(9.0, 0.2, 0.8)],
+            (True, 0.25, "rival"): [cell(8.0, 0.3, 0.85)],
+            (True, 0.125, "rival"): [cell(1.0, 0.0, 1.0)],  # not measured for ours
+        }
+    )
+    assert found == [
+        "* By perplexity `ours` is best in 1 of 2 columns; 25.0%, distilled: rival 8.00, not 9.00.",
+        "* By KL to the teacher `ours` is best in 1 of 2 columns; 25.0%, zero-shot: rival 0.1000, not 0.2000 ± 0.1414.",
+        "* By top-1 agreement `ours` is best in 1 of 2 columns; 25.0%, distilled: rival 0.850, not 0.800.",
+        "",
+    ]
+    assert standing({(True, 0.125, "rival"): [cell(1.0, 0.0, 1.0)]}) == []
 
 
 def test_distillation_brings_a_student_nearer_to_its_teacher(source, tmp_path):
