@@ -9,12 +9,14 @@ from statistics import fmean, stdev
 from typing import Any
 
 Cell = dict[str, Any]
+Key = tuple[bool, float, str]  # distilled, ratio, method
+Groups = dict[Key, list[Cell]]
 
 
-def group(cells: list[Cell]) -> dict[tuple[bool, float, str], list[Cell]]:
+def group(cells: list[Cell]) -> Groups:
     """Cells by (distilled, ratio, method); of the distilled ones, those at the learning rate that is best on the
     validation text for the first seed that has all of them. Of several versions of a method, the latest alone."""
-    grouped: dict[tuple[bool, float, str], list[Cell]] = defaultdict(list)
+    grouped: Groups = defaultdict(list)
     latest: dict[str, int] = defaultdict(int)
     for cell in cells:
         latest[cell["method"]] = max(latest[cell["method"]], _version(cell))
@@ -48,14 +50,14 @@ def spread(values: list[float], digits: int) -> str:
     return mean if len(values) == 1 else f"{mean} ± {stdev(values):.{digits}f}"
 
 
-def summary(grouped: dict[tuple[bool, float, str], list[Cell]]) -> list[str]:
+def summary(grouped: Groups) -> list[str]:
     """Perplexity of every method at every ratio, zero-shot and distilled; the best of a column is bold.
 
     Methods with most cells come first, of those the ones that are best on average. A mean of fewer seeds than others
     says of how many; one without deviation is of one.
     """
-    columns = sorted({key[:2] for key in grouped}, key=lambda key: (key[1], key[0]))
-    figures = {key: [cell["test"]["perplexity"] for cell in found] for key, found in grouped.items()}
+    columns = _columns(grouped)
+    figures = _figures(grouped, "perplexity")
     means = {key: fmean(values) for key, values in figures.items()}
     most = max((len(values) for values in figures.values()), default=0)
     best = {column: min(mean for key, mean in means.items() if key[:2] == column) for column in columns}
@@ -64,7 +66,7 @@ def summary(grouped: dict[tuple[bool, float, str], list[Cell]]) -> list[str]:
         behind = [math.log(means[*column, name] / best[column]) for column in columns if (*column, name) in means]
         return -len(behind), fmean(behind)
 
-    lines = ["| perplexity | " + " | ".join(f"{r:.1%}, {'distilled' if d else 'zero-shot'}" for d, r in columns) + " |"]
+    lines = ["| perplexity | " + " | ".join(map(_heading, columns)) + " |"]
     lines.append("|---|" + "---:|" * len(columns))
     for name in sorted({key[2] for key in grouped}, key=rank):
         row = [name]
@@ -76,25 +78,37 @@ def summary(grouped: dict[tuple[bool, float, str], list[Cell]]) -> list[str]:
     return [*lines, ""]
 
 
-def standing(grouped: dict[tuple[bool, float, str], list[Cell]], name: str = "ours") -> list[str]:
+def standing(grouped: Groups, name: str = "ours") -> list[str]:
     """In how many columns a method is best by each measure, and what is better in the others; for a page, as a list."""
+    columns = [column for column in _columns(grouped) if (*column, name) in grouped]
     lines = []
-    columns = sorted((key[:2] for key in grouped if key[2] == name), key=lambda key: (key[1], key[0]))
     for measure, label, sign, digits in _MEASURES if columns else ():
+        figures = _figures(grouped, measure)
         behind = []
         for column in columns:
-            figures = {
-                key[2]: [cell["test"][measure] for cell in found] for key, found in grouped.items() if key[:2] == column
-            }
-            best = min(figures, key=lambda method: sign * fmean(figures[method]))
-            if fmean(figures[best]) != fmean(figures[name]):
-                own, better = (spread(figures[method], digits) for method in (name, best))
-                behind.append(
-                    f"{column[1]:.1%}, {'distilled' if column[0] else 'zero-shot'}: {best} {better}, not {own}"
-                )
+            own = figures[*column, name]
+            best = min((key for key in figures if key[:2] == column), key=lambda key: sign * fmean(figures[key]))
+            if fmean(figures[best]) != fmean(own):
+                better = f"{best[2]} {spread(figures[best], digits)}"
+                behind.append(f"{_heading(column)}: {better}, not {spread(own, digits)}")
         text = f"* By {label} `{name}` is best in {len(columns) - len(behind)} of {len(columns)} columns"
         lines.append("; ".join([text, *behind]) + ".")
     return [*lines, ""] if lines else []
+
+
+def _columns(grouped: Groups) -> list[tuple[bool, float]]:
+    """(distilled, ratio) of all methods, few bytes first, zero-shot before distilled."""
+    return sorted({key[:2] for key in grouped}, key=lambda key: (key[1], key[0]))
+
+
+def _heading(column: tuple[bool, float]) -> str:
+    distilled, ratio = column
+    return f"{ratio:.1%}, {'distilled' if distilled else 'zero-shot'}"
+
+
+def _figures(grouped: Groups, measure: str) -> dict[Key, list[float]]:
+    """What each seed reaches on the test text."""
+    return {key: [cell["test"][measure] for cell in found] for key, found in grouped.items()}
 
 
 # Key in a cell, name, whether less is better (1) or more (-1), digits.

@@ -115,26 +115,28 @@ tokenizer = AutoTokenizer.from_pretrained(".")
 
 def _what(compression: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
     original = metadata.get("base_model") or Path(str(compression["model"])).name
-    layers = compression["layers"]
-    projections = [own for layer in layers.values() for own in layer["projections"].values()]
     cores = _cores(compression)
     form = "low-rank factors of its own"
     if cores != {0}:
         sharing = "all experts" if max(cores) == 1 else "a group of experts"
         form += f"{', some' if 0 in cores else ''} beside a core shared by {sharing}"
-    if any(own.get("basis") for own in projections):
+    if any(own.get("basis") for own in _projections(compression)):
         form += ", some on a basis of the inputs that all experts of the layer share"
     data = "what the experts see on calibration text" if compression["calibrated"] else "the weights alone"
     return (
-        f"`{original}` ({compression['architecture']}), its experts compressed by moe-compress: in {len(layers)} MoE "
-        f"layers each expert became {form}, fitted by {compression['method']} on {data}. All other weights are those "
-        "of the original, unless a section on distillation below says otherwise."
+        f"`{original}` ({compression['architecture']}), its experts compressed by moe-compress: in "
+        f"{len(compression['layers'])} MoE layers each expert became {form}, fitted by {compression['method']} on {data}. "
+        "All other weights are those of the original, unless a section on distillation below says otherwise."
     )
 
 
 def _cores(compression: Mapping[str, Any]) -> set[int]:
     """The numbers of cores that occur among the projections."""
-    return {own["cores"] for layer in compression["layers"].values() for own in layer["projections"].values()}
+    return {own["cores"] for own in _projections(compression)}
+
+
+def _projections(compression: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [own for layer in compression["layers"].values() for own in layer["projections"].values()]
 
 
 def _sizes(totals: Mapping[str, Any]) -> str:
