@@ -125,8 +125,8 @@ def _what(compression: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
     data = "what the experts see on calibration text" if compression["calibrated"] else "the weights alone"
     return (
         f"`{original}` ({compression['architecture']}), its experts compressed by moe-compress: in "
-        f"{len(compression['layers'])} MoE layers each expert became {form}, fitted by {compression['method']} on {data}. "
-        "All other weights are those of the original, unless a section on distillation below says otherwise."
+        f"{len(compression['layers'])} MoE layers each expert became {form}, fitted by {compression['method']} on "
+        f"{data}. All other weights are those of the original, unless a section on distillation below says otherwise."
     )
 
 
