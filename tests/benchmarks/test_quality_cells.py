@@ -175,6 +175,9 @@ def test_the_summary_marks_the_best_of_each_column():
         "| third | **20.00** |  |  |",
         "",
     ]
+    columns = [(True, 0.25), (False, 0.25), (True, 0.125), (False, 0.125)]
+    head, *_ = summary({(*column, "one"): [cell(1.0)] for column in columns})
+    assert head == "| perplexity | 12.5%, zero-shot | 12.5%, distilled | 25.0%, zero-shot | 25.0%, distilled |"
 
 
 def test_every_column_that_is_not_won_is_told_with_what_is_better():
